@@ -1,0 +1,35 @@
+# Everything a target needs is installed into .venv by launch/venv.sh (Python 3.11 to 3.14, uv used when present).
+PY := .venv/bin/python
+JOBS ?= 2
+
+.PHONY: help venv quickstart test parity nightly lint clean
+help:           ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+venv:           ## make .venv with the package and its test tools
+	@launch/venv.sh dev
+
+quickstart:     ## the main job on a laptop CPU: teacher, traces, store, students, report
+	@launch/venv.sh
+	$(PY) -m distill_jax train configs/quickstart.py
+
+test: venv      ## linters, types and the test suite
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+	$(PY) -m pytest -n $(JOBS)
+
+parity: venv    ## comparisons against transformers + torch
+	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0
+	$(PY) -m pytest -m parity
+
+nightly: test parity  ## the slow tests, the long fault campaign, and the quickstart on seeds 1 and 2
+	$(PY) -m pytest -m "slow or faults_long"
+	$(PY) -m distill_jax train configs/quickstart.py --set seed=1 --set name=quickstart-seed1
+	$(PY) -m distill_jax train configs/quickstart.py --set seed=2 --set name=quickstart-seed2
+
+lint: venv
+	$(PY) -m ruff check . && $(PY) -m pyright
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache

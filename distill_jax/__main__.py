@@ -1,0 +1,3 @@
+from distill_jax.cli.main import main
+
+main()

@@ -1,0 +1,94 @@
+"""What a training step receives. The docstrings here are the glossary of per-token fields.
+
+Shapes: B rows, T tokens a row, K kept teacher outcomes. Arrays may be NumPy (from the loader) or jax.
+
+Alignment: every per-token field at index t describes token t given the earlier tokens of its segment.
+Nothing here is shifted; only `objective.lift` pairs the hidden state of t-1 with the fields of t.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+Array = Any  # numpy.ndarray or jax.Array
+
+
+def _pytree(cls: Any) -> Any:
+    """Register a dataclass as a pytree whose children are all its fields."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_pytree
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One tokenised view of the rows.
+
+    tokens       int32 [B,T]   token ids of the model that reads this view; 0 in padding
+    positions    int32 [B,T]   position within the segment, from 0
+    segment_ids  int32 [B,T]   packed document number from 1; 0 is padding. Segments never see each other
+    roles        int32 [B,T]   `core.roles.Role` of the token; PAD in padding
+    step_ids     int32 [B,T]   reasoning step within the trace, from 1; 0 = none
+    weights      float32 [B,T] loss weight of the token (before roles and schedules); 0 at the first token of a
+                               segment (nothing predicts it) and in padding
+    row_ids      int32 [B,T]   row of the store the token came from; -1 in padding
+    fields       further per-token arrays by name: `behaviour_logprobs`, `advantages`, `group_ids`, ...
+    """
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    roles: Array
+    step_ids: Array
+    weights: Array
+    row_ids: Array
+    fields: dict[str, Array] = field(default_factory=dict)
+
+
+@_pytree
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The teacher's k most probable outcomes at each token, and what is left as one tail bucket.
+
+    ids       int32 [B,T,K]    token ids, -1 where fewer than K are kept
+    logprobs  float32 [B,T,K]  full-vocabulary log-probabilities (never renormalised); -inf where ids is -1
+    mask      bool [B,T]       whether the teacher said anything about this token
+    The tail mass is 1 - sum(exp(logprobs)).
+    """
+
+    ids: Array
+    logprobs: Array
+    mask: Array
+
+
+@_pytree
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """The teacher's log-probability of the token that stands there. logprobs float32 [B,T], mask bool [B,T]."""
+
+    logprobs: Array
+    mask: Array
+
+
+Signal = TopK | TokenLogprob
+
+
+@_pytree
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Everything one step needs.
+
+    views    token streams by name; most methods use the one view `main`
+    signals  teacher signals by name, aligned with view `main`
+    links    arrays that tie views together (pairs, alignments), by name
+    """
+
+    views: dict[str, Stream]
+    signals: dict[str, Signal] = field(default_factory=dict)
+    links: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Stream:
+        return self.views["main"]

@@ -1,0 +1,55 @@
+"""The output head: the only thing that turns hidden states into logits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+
+NEG = -1e30
+"""Logit of a token id that does not exist (vocabulary padding). Finite, so that 0 * NEG is not NaN."""
+
+
+def _register(cls: Any) -> Any:
+    return jax.tree_util.register_dataclass(
+        cls, data_fields=["kernel", "bias"], meta_fields=["scale", "soft_cap", "real"])
+
+
+@_register
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Kernel, bias, scale, soft cap and the number of real ids.
+
+    kernel    [V, D]: the embedding itself when tied, else the stored head matrix (Hugging Face layout)
+    bias      [V] or None
+    scale     logits are multiplied by it (before the cap); 1 for most families
+    soft_cap  cap * tanh(logits / cap) when given (Gemma 2)
+    real      number of real token ids; logits at ids >= real are NEG. None: all of them
+    """
+
+    kernel: Array
+    bias: Array | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    real: int | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.kernel.shape[0]
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [..., D] -> float32 logits [..., V]; the product runs in hidden's dtype, accumulates in float32."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        kernel = self.kernel.astype(hidden.dtype)
+        out = jax.lax.dot_general(flat, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            out = out + self.bias.astype(jnp.float32)
+        if self.scale != 1.0:
+            out = out * self.scale
+        if self.soft_cap is not None:
+            out = self.soft_cap * jnp.tanh(out / self.soft_cap)
+        if self.real is not None and self.real < self.vocab:
+            out = jnp.where(jnp.arange(self.vocab) < self.real, out, NEG)
+        return out.reshape(*hidden.shape[:-1], self.vocab)

@@ -1,0 +1,26 @@
+"""Test configuration: eight virtual CPU devices, strict dtypes, real data only where it is."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+DATA = Path(os.environ.get("DISTILL_JAX_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of the real public data. Tests that use it skip where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"real data not at {DATA}; set DISTILL_JAX_DATA to its folder")
+    return DATA
