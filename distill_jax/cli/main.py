@@ -1,7 +1,8 @@
 """`distill-jax`: one command, one file of this folder per subcommand.
 
 A command module has `app: typer.Typer` or a function registered here. Errors a user can cause (`ValueError`,
-`FileNotFoundError`, ...) end as one line on stderr and exit code 2; `--debug` (or DISTILL_JAX_DEBUG=1) shows the trace.
+`FileNotFoundError`, ...) end as one line on stderr and exit code 2; `--debug` (or DISTILL_JAX_DEBUG=1) shows the
+traceback.
 """
 
 import importlib
