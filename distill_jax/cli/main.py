@@ -11,7 +11,9 @@ import sys
 
 import typer
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "world": "distill_jax.cli.world_cmd:world",
+}
 """name -> `module:function`; modules are imported only when their command runs, so `--help` stays fast."""
 
 

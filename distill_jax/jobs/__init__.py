@@ -1,0 +1,1 @@
+"""Long commands, one file each; `cli/` only parses arguments and calls them."""

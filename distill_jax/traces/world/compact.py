@@ -1,0 +1,128 @@
+"""The compact rendering: one word, one token, about four tokens a document. For the quickstart and for tests.
+
+    doc anna lives oslo doc rome grows rice doc oslo grows tea doc carl lives rome ask anna lives grows
+    anna lives oslo oslo grows tea
+    tea
+"""
+
+from distill_jax.traces.world.draw import Draw, words
+from distill_jax.traces.world.facts import DocumentQuestion, Entity, Fact
+from distill_jax.traces.world.lexicon import COMPACT as LEXICON
+from distill_jax.traces.world.puzzles import Arithmetic, Knights, Statement
+from distill_jax.traces.world.thoughts import (
+    Examine,
+    NinesCheck,
+    Prefer,
+    Read,
+    Recheck,
+    Seek,
+    Suppose,
+    Thought,
+    Work,
+)
+
+WORDS = words(
+    "doc ask lives grows works owns rule latest trust says is same differ and or knight knave plus minus times "
+    "carry write suppose true false ok no yes check seek over nines : ;")
+name = LEXICON.name
+
+
+def vocabulary() -> list[str]:
+    """Every word this rendering can print."""
+    named = [w for names in LEXICON.names.values() for n in names for w in n.split()]
+    return list(dict.fromkeys([*WORDS, *map(str, range(10)), *named]))
+
+
+def question(q: DocumentQuestion | Knights | Arithmetic, draw: Draw) -> str:
+    if isinstance(q, Knights):
+        said = " ; ".join(f"{_person(q, i)} says {_statement(q, s)}" for i, s in enumerate(q.says))
+        return f"{said} ask knight or knave"
+    if isinstance(q, Arithmetic):
+        return f"ask {_spaced(q.a)} {q.op} {_spaced(q.b)}"
+    if q.kind == "kv":
+        pairs = " ; ".join(f"{name(d[0].subject)} : {name(d[0].value)}" for d in q.documents)
+        return f"{pairs} ask {name(q.subject)}".lstrip()
+    if q.kind == "long_document":
+        docs = ["doc " + " ; ".join(_fact(f) for d in q.documents for f in d)] if q.documents else []
+    else:
+        docs = [f"doc {_fact(d[0])}" + "".join(f" {f.relation} {name(f.value)}" for f in d[1:]) for d in q.documents]
+    rule = []
+    if q.rule:
+        order = [name(Entity("source", s)) for s in q.rule.order]
+        rule = ["rule latest" if q.rule.name == "latest" else "rule trust " + " ".join(order)]
+    return " ".join([*docs, *rule, "ask", name(q.subject), *q.path])
+
+
+def answer(q: DocumentQuestion | Knights | Arithmetic) -> str:
+    if isinstance(q, Knights):
+        return _roles(q, q.roles)
+    return _spaced(q.value) if isinstance(q, Arithmetic) else name(q.value)
+
+
+def thinking(q: DocumentQuestion | Knights | Arithmetic, thoughts: list[Thought], draw: Draw) -> str:
+    return " ".join(_thought(q, t) for t in thoughts)
+
+
+def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought) -> str:
+    match thought:
+        case Seek(fact):
+            return f"seek {name(fact.subject)}" + ("" if fact.relation == "opens" else f" {fact.relation}")
+        case Read(_, fact, wrong):
+            return _fact(fact) + (" no" if wrong else "")
+        case Recheck(_, fact):
+            return f"check {_fact(fact)} yes"
+        case Prefer(winner, loser):
+            assert isinstance(q, DocumentQuestion) and q.rule
+            mark = _year if q.rule.name == "latest" else _source
+            return f"{mark(winner)} over {mark(loser)}"
+        case Suppose(roles):
+            assert isinstance(q, Knights)
+            return "suppose " + _roles(q, roles)
+        case Examine(speaker, true, fits):
+            assert isinstance(q, Knights)
+            return f"{_person(q, speaker)} says {'true' if true else 'false'} {'ok' if fits else 'no'}"
+        case Work(op, c, slip):
+            bottom_and_carry = f"{c.top} {op} {c.bottom} carry {0 if slip else c.carry} write"
+            return f"{bottom_and_carry} no" if slip else f"{bottom_and_carry} {c.digit} carry {c.carry_out}"
+        case NinesCheck(remainder):
+            return f"check nines {remainder} yes"
+
+
+def _fact(f: Fact) -> str:
+    if f.relation == "opens":
+        return f"{name(f.subject)} : {name(f.value)}"
+    dated = f" {_year(f)} {_source(f)}" if f.year else ""
+    return f"{name(f.subject)} {f.relation} {name(f.value)}{dated}"
+
+
+def _year(f: Fact) -> str:
+    return name(Entity("year", f.year - 1))
+
+
+def _source(f: Fact) -> str:
+    return name(Entity("source", f.source))
+
+
+def _person(q: Knights, i: int) -> str:
+    return name(Entity("first", q.people[i]))
+
+
+def _role(knight: bool) -> str:
+    return "knight" if knight else "knave"
+
+
+def _roles(q: Knights, roles: tuple[bool, ...]) -> str:
+    return " ".join(f"{_person(q, i)} {_role(r)}" for i, r in enumerate(roles))
+
+
+def _statement(q: Knights, s: Statement) -> str:
+    a, b = _person(q, s.a), _person(q, s.b) if s.b >= 0 else ""
+    if s.form == "is":
+        return f"{a} is {_role(s.role_a)}"
+    if s.form in ("same", "differ"):
+        return f"{a} {s.form} {b}"
+    return f"{a} {_role(s.role_a)} {s.form} {b} {_role(s.role_b)}"
+
+
+def _spaced(n: int) -> str:
+    return " ".join(str(n))

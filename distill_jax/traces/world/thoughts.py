@@ -1,0 +1,166 @@
+"""Oracle reasoning as programs: the thoughts that lead to an answer, before they are put into words.
+
+`minimal` says what is needed and nothing else. `extended` re-reads, checks, and takes a wrong branch that it
+notices and leaves, the habits of long traces of reasoning models.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distill_jax.traces.world.draw import Draw
+from distill_jax.traces.world.facts import DocumentQuestion, Fact
+from distill_jax.traces.world.puzzles import Arithmetic, Column, Knights, columns, solutions
+
+Style = Literal["minimal", "extended"]
+STYLES: tuple[Style, ...] = ("minimal", "extended")
+
+
+@dataclass(frozen=True)
+class Seek:
+    """What is to be found next: the `relation` of `fact.subject`."""
+
+    fact: Fact
+
+
+@dataclass(frozen=True)
+class Read:
+    """A fact read from a document (index from 0). wrong: it is not the one that was sought, and is left again."""
+
+    document: int
+    fact: Fact
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """The same fact read a second time, and found to be as read."""
+
+    document: int
+    fact: Fact
+
+
+@dataclass(frozen=True)
+class Prefer:
+    """Of two documents that disagree, `winner` counts by the rule of the question."""
+
+    winner: Fact
+    loser: Fact
+
+
+@dataclass(frozen=True)
+class Suppose:
+    """Suppose these roles (True: knight)."""
+
+    roles: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Examine:
+    """What `speaker` says is `true` under the roles supposed last; it `fits` when it is true of a knight or false of
+    a knave."""
+
+    speaker: int
+    true: bool
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """One column of school arithmetic. slip: the carry was forgotten, which is noticed and done again."""
+
+    op: str
+    column: Column
+    slip: bool = False
+
+
+@dataclass(frozen=True)
+class NinesCheck:
+    """Casting out nines: left and right side have this remainder."""
+
+    remainder: int
+
+
+Thought = Seek | Read | Recheck | Prefer | Suppose | Examine | Work | NinesCheck
+
+
+def think(q: "DocumentQuestion | Knights | Arithmetic", style: Style, draw: Draw) -> list[Thought]:
+    """The oracle's thoughts on a question."""
+    if isinstance(q, Knights):
+        return _knights(q, style, draw)
+    if isinstance(q, Arithmetic):
+        return _arithmetic(q, style, draw)
+    return _conflict(q, style, draw) if q.rule else _documents(q, style, draw)
+
+
+def _documents(q: DocumentQuestion, style: Style, draw: Draw) -> list[Thought]:
+    hops = q.hop_facts()
+    out: list[Thought] = []
+    lost = draw.below(len(hops)) if style == "extended" else -1  # the hop at which the oracle goes astray
+    for i, (doc, fact) in enumerate(hops):
+        if style == "extended":
+            out.append(Seek(fact))
+        if i == lost:
+            out += _wrong_branch(q, doc, fact, draw)
+        out.append(Read(doc, fact))
+    if style == "extended":
+        out += [Recheck(doc, fact) for doc, fact in hops]
+    return out
+
+
+def _wrong_branch(q: DocumentQuestion, doc: int, fact: Fact, draw: Draw) -> list[Thought]:
+    """A fact of the same relation about something else, taken for the right one for a moment."""
+    others = [(i, f) for i, d in enumerate(q.documents) for f in d
+              if f.relation == fact.relation and f.subject != fact.subject]
+    return [Read(*draw.pick(others), wrong=True)] if others else []
+
+
+def _conflict(q: DocumentQuestion, style: Style, draw: Draw) -> list[Thought]:
+    rivals = [(i, f) for i, d in enumerate(q.documents) for f in d if f.subject == q.subject]
+    best = q.answer_fact
+    out: list[Thought] = []
+    if style == "extended":
+        out += [Seek(best), *_wrong_branch(q, q.gold[-1], best, draw)]
+    out += [Read(i, f) for i, f in rivals]
+    out += [Prefer(best, f) for _, f in rivals if f != best]
+    if style == "extended":
+        out.append(Recheck(q.gold[-1], best))
+    return out
+
+
+def _knights(q: Knights, style: Style, draw: Draw) -> list[Thought]:
+    out: list[Thought] = []
+    if style == "extended":
+        right = solutions(q.says)[0]
+        wrong = draw.below(2 ** len(right) - 1)
+        tries = [r for r in _assignments(len(right)) if r != right]
+        out += _try(q, tries[wrong])
+    return out + _try(q, q.roles)
+
+
+def _assignments(n: int) -> list[tuple[bool, ...]]:
+    return [tuple(bool(bits >> i & 1) for i in range(n)) for bits in range(2**n)]
+
+
+def _try(q: Knights, roles: tuple[bool, ...]) -> list[Thought]:
+    """Suppose roles and test the statements in order, up to the first that does not fit."""
+    out: list[Thought] = [Suppose(roles)]
+    for i, statement in enumerate(q.says):
+        true = statement.holds(roles)
+        out.append(Examine(i, true, true == roles[i]))
+        if true != roles[i]:
+            break
+    return out
+
+
+def _arithmetic(q: Arithmetic, style: Style, draw: Draw) -> list[Thought]:
+    steps = columns(q)
+    carried = [i for i, c in enumerate(steps) if c.carry]
+    slip = draw.pick(carried) if style == "extended" and carried else -1
+    out: list[Thought] = []
+    for i, c in enumerate(steps):
+        if i == slip:
+            out.append(Work(q.op, c, slip=True))
+        out.append(Work(q.op, c))
+    if style == "extended":
+        out.append(NinesCheck(q.value % 9))
+    return out
