@@ -96,7 +96,7 @@ class FastBackend:
         # the normaliser changed the text: go by the library's character offsets
         where = sp.byte_positions(text)
         offsets = where[np.array(encoding.offsets, np.int64).reshape(-1, 2)]
-        return ids, sp.partition(offsets, len(raw), self._lengths[ids], self._is_byte[ids])
+        return ids, sp.from_starts(sp.token_starts(offsets, self._lengths[ids], self._is_byte[ids]), len(raw))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -128,31 +128,23 @@ class PieceBackend:
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         ids: list[np.ndarray] = [np.zeros(0, np.int32)]
-        spans: list[np.ndarray] = [np.zeros((0, 2), np.int32)]
-        at, lost = 0, 0  # lost: where the bytes no token has taken yet begin (a chunk can normalise to nothing)
+        starts: list[np.ndarray] = [np.zeros(0, np.int64)]
+        at = 0
         for i, chunk in enumerate(self._split.split(text) if self._split else [text]):
             raw = chunk.encode("utf-8", "surrogatepass")
             if i % 2:
-                got, cover = np.array([self.added[chunk]], np.int32), sp.from_lengths(np.array([len(raw)]))
+                got, begin = np.array([self.added[chunk]], np.int32), np.zeros(1, np.int64)
             else:
-                got, cover = self._chunk(raw)
-            if len(got):
-                cover = cover + at
-                cover[0, 0] = lost
-                ids.append(got)
-                spans.append(cover)
-                lost = at + len(raw)
+                got, begin = self._chunk(raw)
+            ids.append(got)
+            starts.append(begin + at)
             at += len(raw)
-        out = np.concatenate(spans).astype(np.int32)
-        if len(out):
-            out[-1, 1] = at
-        return np.concatenate(ids), out
+        return np.concatenate(ids), sp.from_starts(np.concatenate(starts), at)
 
     def _chunk(self, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
         got = self.model.encode(raw, return_type="offset_mapping")
         ids = np.array(got["ids"], np.int32)
-        offsets = np.array(got["offsets"], np.int64).reshape(-1, 2)
-        return ids, sp.partition(offsets, len(raw), self._lengths[ids], self._is_byte[ids])
+        return ids, sp.token_starts(np.array(got["offsets"], np.int64), self._lengths[ids], self._is_byte[ids])
 
     def encode_many(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         return [self.encode(t) for t in texts]

@@ -35,20 +35,20 @@ def read_template(source: str | Path) -> str:
     return path.read_text() if path.is_file() else builtin_template(str(source))
 
 
-def _is_json(text: Any) -> bool:
+def _parsed(text: Any) -> dict[str, Any] | None:
+    """`{"value": ...}` of JSON text; None when it is none."""
     try:
-        json.loads(text)
+        return {"value": json.loads(text)}
     except (TypeError, ValueError):
-        return False
-    return True
+        return None
 
 
 def _plain(message: Message, arguments_as_text: bool) -> dict[str, Any]:
-    """A copy a template can read: arguments of tool calls as an object (or as JSON text), results that are JSON
-    marked `json`, and a content that is never missing."""
+    """A copy a template can read: arguments of tool calls as an object (or as JSON text), results that are JSON also
+    parsed (`json.value`, for the built-in templates), and a content that is never missing."""
     out = dict(message)
-    if out.get("role") == "tool":
-        out["json"] = _is_json(out.get("content"))
+    if out.get("role") == "tool" and (parsed := _parsed(out.get("content"))):
+        out["json"] = parsed
     if out.get("tool_calls"):
         out["tool_calls"] = [_plain_call(c, arguments_as_text) for c in out["tool_calls"]]
         out["content"] = out.get("content") or ""
@@ -60,8 +60,8 @@ def _plain(message: Message, arguments_as_text: bool) -> dict[str, Any]:
 def _plain_call(call: Mapping[str, Any], arguments_as_text: bool) -> dict[str, Any]:
     function = dict(call.get("function") or call)
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str) and _is_json(arguments):
-        arguments = json.loads(arguments)
+    if isinstance(arguments, str) and (parsed := _parsed(arguments)):
+        arguments = parsed["value"]
     if arguments_as_text and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return {"type": "function"} | {k: v for k, v in call.items() if k != "function"} | {

@@ -1,11 +1,10 @@
 """Which bytes of a text each token stands for.
 
 A span is `(start, end)` in bytes of the UTF-8 text. The spans of an encoding are a partition: the first starts at 0,
-each starts where the one before ended, the last ends at the end. Bytes a normaliser drops (leading blanks of some
-sentencepiece models) belong to the token after them; tokens that stand for nothing (a dummy prefix) have empty spans.
+each starts where the one before ended, the last ends at the end. Bytes a normaliser drops (doubled blanks in
+many sentencepiece models) belong to the token before them; tokens that stand for nothing (a dummy prefix) have empty
+spans.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,34 +18,37 @@ def byte_positions(text: str) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(widths)])
 
 
-def from_lengths(lengths: np.ndarray, start: int = 0) -> np.ndarray:
+def from_lengths(lengths: np.ndarray) -> np.ndarray:
     """Spans int32 [T,2] of consecutive tokens of the given byte lengths."""
-    ends = start + np.cumsum(lengths)
+    ends = np.cumsum(lengths)
     return np.stack([ends - lengths, ends], axis=1).astype(np.int32)
 
 
-def partition(offsets: np.ndarray, total: int, lengths: np.ndarray, is_byte: np.ndarray) -> np.ndarray:
-    """Turn the byte offsets a tokenizer library reports into a partition of `total` bytes.
+def from_starts(starts: np.ndarray, total: int) -> np.ndarray:
+    """Spans int32 [T,2]: each token up to the start of the next one, the first from 0, the last up to `total`."""
+    out = np.empty((len(starts), 2), np.int32)
+    if len(starts):
+        out[:, 0], out[:-1, 1] = starts, starts[1:]
+        out[0, 0], out[-1, 1] = 0, total
+    return out
 
-    offsets [T,2] as reported: tokens that split a character overlap (Hugging Face) or are empty up to the last one
-    (sentencepiece byte fallback). lengths [T]: bytes of the token itself; is_byte [T]: tokens that are one raw byte.
-    Inside a run of tokens that share characters the boundaries come from the lengths, if these add up to the run;
-    otherwise from where the library says each token ends.
+
+def token_starts(offsets: np.ndarray, lengths: np.ndarray, is_byte: np.ndarray) -> np.ndarray:
+    """Byte at which each token starts [T], from the byte offsets [T,2] a tokenizer library reports.
+
+    Tokens that split a character overlap (Hugging Face) or are empty up to the last one (sentencepiece's bytes).
+    lengths [T]: bytes of the token itself; is_byte [T]: tokens that are one raw byte. Inside a run of tokens that
+    share characters the starts come from the lengths, if these add up to the run; otherwise they are as reported.
     """
-    count = len(offsets)
-    if count == 0:
-        return np.zeros((0, 2), np.int32)
-    starts, ends = offsets[:, 0].astype(np.int64), np.maximum.accumulate(offsets[:, 1].astype(np.int64))
-    shared = np.zeros(count, bool)  # shared[t]: the boundary between t-1 and t cannot be trusted
+    offsets = offsets.astype(np.int64).reshape(-1, 2)
+    starts, ends = np.maximum.accumulate(offsets[:, 0]), np.maximum.accumulate(offsets[:, 1])
+    shared = np.zeros(len(starts), bool)  # shared[t]: the boundary between t-1 and t cannot be trusted
     shared[1:] = (starts[1:] < ends[:-1]) | (is_byte[:-1] & (offsets[:-1, 0] == offsets[:-1, 1]))
     for first, last in _runs(shared):
-        low = ends[first - 1] if first else 0
-        low = max(low, starts[first])
-        inner = low + np.cumsum(lengths[first:last])
+        inner = starts[first] + np.cumsum(lengths[first:last])
         if inner[-1] + lengths[last] == ends[last]:
-            ends[first:last] = inner
-    ends[-1] = total
-    return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1).astype(np.int32)
+            starts[first + 1:last + 1] = inner
+    return starts
 
 
 def _runs(shared: np.ndarray) -> list[tuple[int, int]]:
@@ -55,13 +57,3 @@ def _runs(shared: np.ndarray) -> list[tuple[int, int]]:
         return []
     edges = np.diff(np.concatenate([shared, [False]]).astype(np.int8))
     return list(zip(np.flatnonzero(edges == 1).tolist(), np.flatnonzero(edges == -1).tolist()))
-
-
-def locate(needles: Sequence[bytes], text: bytes) -> list[int]:
-    """Byte positions of `needles` found one after the other in `text`; -1 for one that is not there."""
-    out, cursor = [], 0
-    for needle in needles:
-        at = text.find(needle, cursor) if needle else -1
-        out.append(at)
-        cursor = at + len(needle) if at >= 0 else cursor
-    return out

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distill_jax.data.spans import byte_positions, partition
+from distill_jax.data.spans import byte_positions, from_starts, token_starts
 from distill_jax.data.tokenizer import load_tokenizer, same_real_ids
 
 BYTE_LEVEL = ("gpt2", "qwen2.5", "deepseek_r1")
@@ -33,11 +33,11 @@ def test_golden_multi(load, golden, name):
             first = np.searchsorted(where, spans[:, 0], "right") - 1
             last = np.searchsorted(where, spans[:, 1], "left")
             assert np.array_equal(np.stack([first, last], 1), want), row["id"]
-        else:  # sentencepiece: complete characters; blanks it drops precede the token
-            ends = np.searchsorted(where, spans[:, 1], "right") - 1
-            assert np.array_equal(ends[:-1], want[:-1, 1]), row["id"]
+        else:  # sentencepiece: whole characters; blanks it drops belong to the token before
             starts = np.searchsorted(where, spans[:, 0], "right") - 1
-            gap = [row["text"][a:b] for a, b in zip(starts, want[:, 0]) if a < b]
+            assert np.array_equal(starts[1:], want[1:, 0]), row["id"]
+            ends = np.searchsorted(where, spans[:, 1], "right") - 1
+            gap = [row["text"][a:b] for a, b in zip(want[:, 1], ends) if a < b and a in want[:, 0]]
             assert all(not g.strip() for g in gap), (row["id"], gap)
 
 
@@ -73,14 +73,19 @@ def test_normalised_text_keeps_a_partition(load):
     assert b"".join(word) == text.encode() and any("\u0301".encode() in w for w in word)
 
 
-def test_partition_by_hand():
+def test_starts_by_hand():
     # "x" + 4-byte character in three tokens that overlap (Hugging Face), then a dropped blank before "b"
     offsets = np.array([[0, 1], [1, 5], [1, 5], [1, 5], [6, 7]])
-    got = partition(offsets, 8, np.array([1, 2, 1, 1, 1]), np.zeros(5, bool))
-    assert got.tolist() == [[0, 1], [1, 3], [3, 4], [4, 5], [5, 8]]
-    # lengths that do not add up: as reported, so the run's bytes go to its first token
-    got = partition(offsets, 8, np.array([1, 9, 9, 9, 1]), np.zeros(5, bool))
-    assert got.tolist() == [[0, 1], [1, 5], [5, 5], [5, 5], [5, 8]]
+    starts = token_starts(offsets, np.array([1, 2, 1, 1, 1]), np.zeros(5, bool))
+    assert from_starts(starts, 8).tolist() == [[0, 1], [1, 3], [3, 4], [4, 6], [6, 8]]
+    # lengths that do not add up: as reported
+    starts = token_starts(offsets, np.array([1, 9, 9, 9, 1]), np.zeros(5, bool))
+    assert from_starts(starts, 8).tolist() == [[0, 1], [1, 1], [1, 1], [1, 6], [6, 8]]
+    # byte fallback (sentencepiece): empty up to the last byte
+    offsets = np.array([[0, 0], [0, 0], [0, 0], [0, 4]])
+    starts = token_starts(offsets, np.ones(4, int), np.ones(4, bool))
+    assert from_starts(starts, 4).tolist() == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert from_starts(np.zeros(0, int), 4).shape == (0, 2)
 
 
 def test_real_ids(load):
