@@ -1,0 +1,197 @@
+"""The parts of one decoder layer. Legend as in `transformer`; F is the MLP's inner size.
+
+Parameters are float32 (float64 when computing in float64) and cast to the compute dtype where they are used.
+Projections flatten rows and tokens first: two-dimensional products are what every backend runs fastest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from distill_jax.models import cache as kv_cache
+from distill_jax.models.attention import attend
+from distill_jax.models.config import ModelConfig
+from distill_jax.models.rope import rotate
+from distill_jax.models.scores import Layout, Score, wide
+from distill_jax.sharding import constrain
+
+Array = Any
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+REMAT: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass may keep of a layer; it recomputes the rest."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What the scan over layers carries: x [B,T,D]; the whole cache k, v [L,B,K,S,d] (updated in place) or None;
+    taps [N,B,T,D], filled as the layers that were asked for go by, or None."""
+
+    x: Array
+    k: Array | None = None
+    v: Array | None = None
+    taps: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What all layers see: who sees whom; (cos, sin) of full layers, and of sliding ones where they differ;
+    slots i32 [B,T] and real bool [B,T] when there is a cache; taps i32 [N], numbers of tapped layers."""
+
+    layout: Layout
+    rope: tuple[Array, Array]
+    local_rope: tuple[Array, Array] | None = None
+    slots: Array | None = None
+    real: Array | None = None
+    taps: Array | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + scale), computed in float32."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype = wide(x.dtype)
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), dtype)
+        y = x.astype(dtype)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        scale = (self.offset + scale.astype(dtype)).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (y * scale).astype(x.dtype)
+
+
+class Dense(nn.Module):
+    """x [..., in] -> [..., features] by one two-dimensional product."""
+
+    features: int
+    bias: bool
+    init_std: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype = wide(x.dtype)
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
+        y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)[None, :]
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    implementation: str
+
+    def setup(self) -> None:
+        c, a = self.config, self.config.attention
+        self.q = Dense(c.num_heads * c.head_dim, a.qkv_bias, c.init_std)
+        self.k = Dense(c.num_kv_heads * c.head_dim, a.qkv_bias, c.init_std)
+        self.v = Dense(c.num_kv_heads * c.head_dim, a.qkv_bias, c.init_std)
+        self.o = Dense(c.hidden_size, a.out_bias, c.init_std)
+        if a.qk_norm:
+            self.q_norm = RMSNorm(c.norm_eps, c.norm_offset)
+            self.k_norm = RMSNorm(c.norm_eps, c.norm_offset)
+
+    def __call__(self, state: State, x: Array, index: Array, slides: Array, shared: Shared) -> tuple[Array, State]:
+        """x [B,T,D], the normed input; index, slides: scalars of this layer -> output [B,T,D] and the new state."""
+        c = self.config
+        split = lambda y, heads: y.reshape(*x.shape[:2], heads, c.head_dim).transpose(0, 2, 1, 3)
+        q, k, v = split(self.q(x), c.num_heads), split(self.k(x), c.num_kv_heads), split(self.v(x), c.num_kv_heads)
+        if c.attention.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = self._tables(slides, shared)
+        q, k = constrain(rotate(q, cos, sin), "heads"), rotate(k, cos, sin)
+        if state.k is not None:
+            put = partial(kv_cache.write, layer=index, index=shared.slots, real=shared.real)
+            state = State(x=state.x, taps=state.taps, k=put(state.k, new=k), v=put(state.v, new=v))
+            assert state.k is not None and state.v is not None
+            k, v = state.k[index].astype(q.dtype), state.v[index].astype(q.dtype)
+        out = self._attend(q, constrain(k, "heads"), constrain(v, "heads"), slides, shared.layout)
+        out = constrain(out, "heads").transpose(0, 2, 1, 3).reshape(*x.shape[:2], c.num_heads * c.head_dim)
+        return self.o(out), state
+
+    def _tables(self, slides: Array, shared: Shared) -> tuple[Array, Array]:
+        if shared.local_rope is None:
+            return shared.rope
+        cos, sin = (jnp.where(slides, a, b) for a, b in zip(shared.local_rope, shared.rope))
+        return cos, sin
+
+    def _attend(self, q: Array, k: Array, v: Array, slides: Array, layout: Layout) -> Array:
+        c, a = self.config, self.config.attention
+        scale = c.head_dim ** -0.5 if a.scale is None else a.scale
+        full = partial(attend, layout=layout, implementation=self.implementation,
+                       score=Score(scale=scale, soft_cap=a.soft_cap))
+        local = partial(full, score=Score(scale=scale, soft_cap=a.soft_cap, window=a.window))
+        if any(c.sliding) and not all(c.sliding):  # both compiled with a static window; one of them runs
+            return jax.lax.cond(slides, local, full, q, k, v)
+        return (local if any(c.sliding) else full)(q, k, v)
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x))"""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.gate = Dense(c.mlp_size, c.mlp_bias, c.init_std)
+        self.up = Dense(c.mlp_size, c.mlp_bias, c.init_std)
+        self.down = Dense(c.hidden_size, c.mlp_bias, c.init_std)
+
+    def __call__(self, x: Array) -> Array:
+        inner = ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x)
+        return self.down(constrain(inner, "mlp"))
+
+
+class Layer(nn.Module):
+    """One step of the scan over layers."""
+
+    config: ModelConfig
+    remat: str
+    implementation: str
+
+    def setup(self) -> None:
+        c = self.config
+        norm = partial(RMSNorm, c.norm_eps, c.norm_offset)
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
+        self.attention = Attention(c, self.implementation)
+        self.mlp = MLP(c)
+
+    def __call__(self, state: State, index: Array, slides: Array, shared: Shared) -> tuple[State, None]:
+        """index i32 and slides bool: number and kind of this layer."""
+        block = Layer.block
+        if self.remat != "none":  # a scan's steps cannot be merged again, so no barrier against CSE is needed
+            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
+        state = block(self, state, index, slides, shared)
+        if state.taps is None or shared.taps is None:
+            return state, None
+        here = (shared.taps == index)[:, None, None, None]  # outside the rematerialised part: not stored per layer
+        return State(x=state.x, k=state.k, v=state.v, taps=jnp.where(here, state.x[None], state.taps)), None
+
+    def block(self, state: State, index: Array, slides: Array, shared: Shared) -> State:
+        post = self.config.post_norms
+        x = constrain(state.x, "hidden")
+        out, state = self.attention(state, self.attention_norm(x), index, slides, shared)
+        x = constrain(x + (self.attention_post_norm(out) if post else out), "hidden")
+        out = self.mlp(self.mlp_norm(x))
+        x = constrain(x + (self.mlp_post_norm(out) if post else out), "hidden")
+        return State(x=x, k=state.k, v=state.v, taps=state.taps)

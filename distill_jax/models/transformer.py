@@ -1,0 +1,178 @@
+"""One decoder for the dense families: `Transformer(config)`, used purely functionally.
+
+Legend: B rows, T tokens, D hidden size, V vocabulary, L layers, H query heads, K key/value heads, d head_dim.
+
+Parameters are a plain tree; those of the layers carry a leading dimension L (`nn.scan`):
+    embed/embedding [V,D]   layers/attention/{q,k,v,o}/{kernel,bias}   layers/attention/{q,k}_norm/scale
+    layers/mlp/{gate,up,down}/{kernel,bias}   layers/{attention,mlp}_{norm,post_norm}/scale
+    final_norm/scale [D]    lm_head/kernel [V,D] unless tied
+Kernels of layers are [L, in, out]. The mathematics of a layer is in `layers`; other programs' names in `families`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.core.head import Head
+from distill_jax.models.cache import Cache, new_cache, slots
+from distill_jax.models.config import ModelConfig
+from distill_jax.models.layers import REMAT, Layer, RMSNorm, Shared, State
+from distill_jax.models.scores import Layout, wide
+from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
+
+Array = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """hidden [B,T,D]: states after the final norm, in the compute dtype. taps: the tapped layers' outputs [B,T,D]
+    (before the final norm), in the order asked for. cache: advanced, when one was given."""
+
+    hidden: Array
+    taps: tuple[Array, ...] = ()
+    cache: Cache | None = None
+
+
+class Embed(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        c = self.config
+        table = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.hidden_size),
+                           wide(self.dtype))
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        return x if c.embed_scale == 1.0 else x * jnp.asarray(c.embed_scale, self.dtype)
+
+
+class OutputKernel(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> Array:
+        c = self.config
+        return self.param("kernel", nn.initializers.normal(c.init_std), (c.vocab_size, c.hidden_size),
+                          wide(self.dtype))
+
+
+def init_params(model: "Transformer", rng: Array, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> Any:
+    """Fresh float32 parameters, created where they belong: under `mesh`, no device ever holds the whole tree."""
+    init = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    if mesh is None:
+        return jax.jit(init)(rng)
+    shardings = param_shardings(mesh, jax.eval_shape(init, rng), rules)
+    return jax.jit(init, out_shardings=shardings)(rng)
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """i32 [B,T]: index of each token within its run of equal segment ids."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+class Transformer(nn.Module):
+    """`model.apply({"params": params}, tokens)` gives logits; `method="hidden"` what training uses.
+
+    dtype      compute dtype: parameters are cast to it where they are used; norms, softmax and logits are float32
+    remat      what the backward pass recomputes: "none", "full" (whole layers) or "dots" (all but matrix products)
+    attention  "auto", or a name in `attention.IMPLEMENTATIONS`
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    attention: str = "auto"
+
+    def setup(self) -> None:
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+        c = self.config
+        self.embed = Embed(c, self.dtype)
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True},
+                       in_axes=(0, 0, nn.broadcast), length=c.num_layers)
+        self.layers = scan(c, self.remat, self.attention)
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
+        if not c.tied:
+            self.lm_head = OutputKernel(c, self.dtype)
+
+    def __call__(self, tokens: Array | None, positions: Array | None = None, segment_ids: Array | None = None, *,
+                 inputs_embeds: Array | None = None, cache: Cache | None = None) -> Array:
+        """tokens i32 [B,T] -> logits float32 [B,T,V]; arguments as for `hidden`."""
+        out = self.hidden(tokens, positions, segment_ids, inputs_embeds=inputs_embeds, cache=cache)
+        kernel = self.embed.variables["params"]["embedding"] if self.config.tied else self.lm_head()
+        return constrain(self._head(kernel).logits(out.hidden), "logits")
+
+    def hidden(self, tokens: Array | None, positions: Array | None = None, segment_ids: Array | None = None, *,
+               inputs_embeds: Array | None = None, cache: Cache | None = None, taps: Sequence[int] = ()) -> Hidden:
+        """Final-norm states, tapped layers and the advanced cache.
+
+        tokens        i32 [B,T]; ignored where inputs_embeds [B,T,D] (already scaled) is given
+        positions     i32 [B,T] for the rotary embedding; by default counted from the start of each segment, or
+                      continued from the cache
+        segment_ids   i32 [B,T]: tokens see earlier tokens of the same id only; 0 is padding. With a cache a row is
+                      one document: any other id is a token to store, 0 is not stored
+        cache         from `init_cache`: new tokens follow the `lengths` tokens that each row holds
+        taps          layers (0 to L-1, negative from the end) whose outputs to return
+        """
+        c = self.config
+        x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
+        shared, lengths = self._shared(x.shape, positions, segment_ids, cache, taps)
+        state = State(x=constrain(x, "hidden"), k=None if cache is None else cache.k,
+                      v=None if cache is None else cache.v,
+                      taps=jnp.zeros((len(taps), *x.shape), self.dtype) if taps else None)
+        index, slides = jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray(np.array(c.sliding))
+        state, _ = self.layers(state, index, slides, shared)
+        if cache is not None:
+            cache = Cache(k=state.k, v=state.v, lengths=lengths)
+        return Hidden(hidden=self.final_norm(state.x), cache=cache,
+                      taps=() if state.taps is None else tuple(state.taps[i] for i in range(len(taps))))
+
+    def _shared(self, shape: tuple[int, ...], positions: Array | None, segment_ids: Array | None,
+                cache: Cache | None, taps: Sequence[int]) -> tuple[Shared, Array | None]:
+        """-> what all layers see, and the cache's new lengths."""
+        c, a = self.config, self.config.attention
+        rows, tokens = shape[:2]
+        order = jnp.arange(tokens, dtype=jnp.int32)[None]
+        if cache is None:
+            layout = Layout(q_index=order, k_index=order, q_segments=segment_ids, k_segments=segment_ids)
+            real = slot = lengths = None
+            default = order if segment_ids is None else segment_positions(segment_ids)
+        else:
+            real = jnp.ones((rows, tokens), bool) if segment_ids is None else segment_ids != 0
+            slot, lengths = slots(cache.lengths, real)
+            layout = Layout(q_index=slot, k_index=jnp.arange(cache.capacity, dtype=jnp.int32)[None])
+            default = jnp.maximum(slot, 0)
+        where = jnp.broadcast_to(default if positions is None else positions, (rows, tokens))
+        longest = tokens if cache is None else cache.capacity
+        local = None if a.local_rope is None else a.local_rope.tables(where, c.head_dim, longest)
+        picked = jnp.asarray([self._layer_number(t) for t in taps], jnp.int32) if taps else None
+        return Shared(layout=layout, rope=a.rope.tables(where, c.head_dim, longest), local_rope=local,
+                      slots=slot, real=real, taps=picked), lengths
+
+    def _layer_number(self, tap: int) -> int:
+        total = self.config.num_layers
+        if not -total <= tap < total:
+            raise ValueError(f"tap {tap}: the model has layers 0 to {total - 1} (or -{total} to -1)")
+        return tap % total
+
+    def _head(self, kernel: Array) -> Head:
+        return Head(kernel=kernel, soft_cap=self.config.logit_soft_cap, real=self.config.real_vocab)
+
+    def head(self, params: Mapping[str, Any]) -> Head:
+        """The output head out of `params`; the embedding itself where the model is tied."""
+        return self._head(params["embed"]["embedding"] if self.config.tied else params["lm_head"]["kernel"])
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens, in `dtype` (the compute dtype by default)."""
+        c = self.config
+        return new_cache(c.num_layers, batch, c.num_kv_heads, length, c.head_dim, dtype or self.dtype)
