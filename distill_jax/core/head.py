@@ -39,17 +39,25 @@ class Head:
     def vocab(self) -> int:
         return self.kernel.shape[0]
 
-    def logits(self, hidden: Array) -> Array:
-        """hidden [..., D] -> float32 logits [..., V]; the product runs in hidden's dtype, accumulates in float32."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
+    def project(self, hidden: Array) -> Array:
+        """hidden [N, D] -> raw float32 products [N, V]; runs in hidden's dtype, accumulates in float32."""
         kernel = self.kernel.astype(hidden.dtype)
-        out = jax.lax.dot_general(flat, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(hidden, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def finish(self, raw: Array) -> Array:
+        """Raw products [N, V] -> logits [N, V]: bias, scale, soft cap, NEG for ids that do not exist."""
+        out = raw
         if self.bias is not None:
-            out = out + self.bias.astype(jnp.float32)
+            out = out + self.bias.astype(jnp.float32)[None, :]
         if self.scale != 1.0:
             out = out * self.scale
         if self.soft_cap is not None:
             out = self.soft_cap * jnp.tanh(out / self.soft_cap)
         if self.real is not None and self.real < self.vocab:
-            out = jnp.where(jnp.arange(self.vocab) < self.real, out, NEG)
+            out = jnp.where(jnp.arange(self.vocab)[None, :] < self.real, out, NEG)
+        return out
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [..., D] -> float32 logits [..., V]."""
+        out = self.finish(self.project(hidden.reshape(-1, hidden.shape[-1])))
         return out.reshape(*hidden.shape[:-1], self.vocab)

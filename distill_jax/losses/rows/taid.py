@@ -1,0 +1,23 @@
+"""TAID: distil towards a target that moves from the student's own distribution to the teacher's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from distill_jax.losses.rows.outcomes import log_normalizer, outcomes
+from distill_jax.losses.targets import Target
+
+Array = Any
+
+
+def taid(logits: Array, target: Target, *, t: Array) -> Array:
+    """-sum_v p_t(v) log q(v), p_t = softmax((1-t) sg[log q] + t log p), q student, p teacher.
+
+    Shing et al. 2025 (2501.16937), eq. 3-4. logits float32 [N,V], t scalar in [0,1] (`TAIDSchedule`) -> float32 [N].
+    For a `TopKTarget` the interpolation is over K kept ids and the tail bucket. t = 0 has exactly zero gradient.
+    """
+    log_q, log_p = outcomes(logits, target)
+    mix = (1.0 - t) * jax.lax.stop_gradient(log_q) + t * log_p
+    log_t = jax.lax.stop_gradient(mix - log_normalizer(mix)[:, None])
+    return -jnp.sum(jnp.exp(log_t) * log_q, axis=-1)

@@ -1,0 +1,227 @@
+"""The loop under `lift`: row losses of many tokens, one chunk of logits at a time, gradients included.
+
+Shapes: B rows, T tokens, N = local B*T, n tokens of a chunk, D width, V vocabulary.
+
+Why it looks as it does:
+- Only tokens that some term weighs are visited: their indices are put first, and the loop runs ceil(count / n) times.
+  Prompts, padding and unsupervised roles cost nothing. (The trip count is dynamic: nobody differentiates this loop.)
+- Gradients are made beside the values, so logits are computed once and never stored: three products of size n*V*D.
+  The gradient of the logits is cast to the compute dtype before its two products; the head's gradient is summed in
+  float32.
+- Under a mesh everything runs inside `shard_map`: automatic sharding would put an all-reduce of the whole head
+  gradient into every turn of the loop. Here it is reduced once, after it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from distill_jax.core.batch import Signal, TokenLogprob, TopK
+from distill_jax.core.head import Head
+from distill_jax.losses.targets import Full, Labels, Target, TopKTarget
+
+Array = Any
+ROW_AXES = ("data", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTerm:
+    """A row loss and where its inputs come from.
+
+    loss     fn(logits [N,V], target, **kwargs, **dynamic) -> [N]
+    source   name of the source whose logits it reads, "student/main"
+    target   "tokens", "signals/<name>", or the name of another source, whose logits are the teacher's
+    kwargs   static keyword arguments of the loss
+    dynamic  traced scalar keyword arguments (TAID's t); no gradient flows to them
+    """
+
+    loss: Callable[..., Array]
+    source: str = "student/main"
+    target: str = "tokens"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dynamic: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Fields(NamedTuple):
+    """Per-token inputs [B,T,...], already shifted onto the hidden state that predicts them."""
+
+    tokens: Array
+    weights: dict[str, Array]
+    active: Array  # bool: some term wants this token's value or gradient
+    signals: dict[str, Signal]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients of a source are wanted (a frozen head under LoRA costs neither its product nor its memory)."""
+
+    hidden: bool = False
+    kernel: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.kernel or self.bias
+
+
+class Grads(NamedTuple):
+    """Of one source: hidden [B,T,D] in its dtype, kernel float32 [V,D], bias float32 [V]; None = not wanted."""
+
+    hidden: Array | None = None
+    kernel: Array | None = None
+    bias: Array | None = None
+
+
+class Result(NamedTuple):
+    """total: sum over terms and tokens of weight * loss; values: {term: loss [B,T]}, 0 where not active."""
+
+    total: Array
+    values: dict[str, Array]
+    grads: dict[str, Grads]
+
+
+def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
+        wanted: Mapping[str, Wanted], *, mesh: Mesh | None, chunk: int) -> Result:
+    """Evaluate all terms (and the wanted gradients) over one global [B,T]; `chunk` is tokens per device and turn."""
+    dynamic = {name: dict(t.dynamic) for name, t in terms.items()}
+    static = {name: replace(t, dynamic={}) for name, t in terms.items()}
+    heads = {s: replace(h, kernel=h.kernel.astype(hiddens[s].dtype)) for s, h in heads.items()}
+    local = _Local(static, dict(wanted), chunk, tuple(mesh.axis_names) if mesh is not None else ())
+    if mesh is None:
+        return local(hiddens, heads, fields, dynamic)
+    rows = tuple(a for a in mesh.axis_names if a in ROW_AXES)
+    columns = tuple(a for a in mesh.axis_names if a not in ROW_AXES)
+    by_token = PartitionSpec(rows or None, columns or None)
+    B, T = fields.tokens.shape
+    hiddens, fields = _pad((hiddens, fields), -B % _size(mesh, rows), -T % _size(mesh, columns))
+    out_grads = {s: Grads(hidden=by_token if w.hidden else None,
+                          kernel=PartitionSpec() if w.kernel else None,
+                          bias=PartitionSpec() if w.bias else None) for s, w in wanted.items()}
+    everywhere = PartitionSpec()
+    out = jax.shard_map(
+        local, mesh=mesh, check_vma=False, in_specs=(by_token, everywhere, by_token, everywhere),
+        out_specs=Result(total=everywhere, values=dict.fromkeys(terms, by_token), grads=out_grads),
+    )(hiddens, heads, fields, dynamic)
+    cut = lambda x: x if x is None else x[:B, :T]
+    return Result(out.total, {n: cut(v) for n, v in out.values.items()},
+                  {s: g._replace(hidden=cut(g.hidden)) for s, g in out.grads.items()})
+
+
+def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    size = 1
+    for axis in axes:
+        size *= mesh.shape[axis]
+    return size
+
+
+def _pad(tree: Any, rows: int, columns: int) -> Any:
+    """Zero (inactive) tokens so that [B,T] divides over the mesh; nothing is copied when it already does."""
+    if not rows and not columns:
+        return tree
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, rows), (0, columns)] + [(0, 0)] * (x.ndim - 2)), tree)
+
+
+@dataclass(frozen=True)
+class _Local:
+    """The computation of one device over its share of the tokens; `axes` are reduced at the end."""
+
+    terms: dict[str, RowTerm]
+    wanted: dict[str, Wanted]
+    chunk: int
+    axes: tuple[str, ...]
+
+    def __call__(self, hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
+                 dynamic: dict[str, dict[str, Array]]) -> Result:
+        shape = fields.tokens.shape
+        flat_hiddens, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hiddens, fields))
+        count = flat.tokens.shape[0]
+        n = chunk_size(count, self.chunk)
+        order = jnp.nonzero(flat.active, size=count + -count % n, fill_value=count)[0].astype(jnp.int32)
+        turns = (jnp.sum(flat.active, dtype=jnp.int32) + (n - 1)) // n
+
+        def turn(i: Array, carry: Result) -> Result:
+            at = jax.lax.dynamic_slice(order, (i * n,), (n,))  # `count` beyond the active tokens: reads 0, drops
+            take = lambda x: x.at[at].get(mode="fill", fill_value=0)
+            part = self._chunk(jax.tree.map(take, flat_hiddens), heads, jax.tree.map(take, flat), dynamic)
+            put = lambda acc, x: None if acc is None else acc.at[at].set(x.astype(acc.dtype), mode="drop")
+            add = lambda acc, x: None if acc is None else acc + x
+            grads = {s: Grads(put(g.hidden, part.grads[s].hidden), add(g.kernel, part.grads[s].kernel),
+                              add(g.bias, part.grads[s].bias)) for s, g in carry.grads.items()}
+            values = {t: put(v, part.values[t]) for t, v in carry.values.items()}
+            return Result(carry.total + part.total, values, grads)
+
+        out = jax.lax.fori_loop(0, turns, turn, self._zeros(flat_hiddens, heads, count))
+        total, summed = out.total, {s: g._replace(hidden=None) for s, g in out.grads.items()}
+        if self.axes:
+            total, summed = jax.lax.psum((total, summed), self.axes)
+        unflat = lambda x: x if x is None else x.reshape(*shape, *x.shape[1:])
+        return Result(total, {t: unflat(v) for t, v in out.values.items()},
+                      {s: g._replace(hidden=unflat(out.grads[s].hidden)) for s, g in summed.items()})
+
+    def _zeros(self, hiddens: dict[str, Array], heads: dict[str, Head], count: int) -> Result:
+        zero = lambda wanted, shape, dtype=jnp.float32: jnp.zeros(shape, dtype) if wanted else None
+        return Result(jnp.float32(0), {t: jnp.zeros(count, jnp.float32) for t in self.terms}, {
+            s: Grads(zero(w.hidden, hiddens[s].shape, hiddens[s].dtype), zero(w.kernel, heads[s].kernel.shape),
+                     zero(w.bias, heads[s].vocab)) for s, w in self.wanted.items()})
+
+    def _chunk(self, hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
+               dynamic: dict[str, dict[str, Array]]) -> Result:
+        """All terms on n tokens: each source's logits once, then every row loss on them."""
+        used = {t.source for t in self.terms.values()} | {t.target for t in self.terms.values()}
+        raws = {s: heads[s].project(h) for s, h in hiddens.items() if s in used}
+
+        def weighted(raws: dict[str, Array], biases: dict[str, Array | None]) -> tuple[Array, dict[str, Array]]:
+            logits = {s: replace(heads[s], bias=biases[s]).finish(raw) for s, raw in raws.items()}
+            total, values = jnp.float32(0), {}
+            for name, term in self.terms.items():
+                target = _target(term.target, logits, fields)
+                value = term.loss(logits[term.source], target, **term.kwargs, **dynamic[name])
+                values[name] = value.astype(jnp.float32)
+                total += jnp.sum(fields.weights[name] * values[name])
+            return total, values
+
+        moving = {s for s, w in self.wanted.items() if w and s in raws}
+        still = {s: raw for s, raw in raws.items() if s not in moving}
+        biases = {s: heads[s].bias for s in raws}
+        if not moving:
+            total, values = weighted(raws, biases)
+            return Result(total, values, {})
+        total, back, values = jax.vjp(
+            lambda r, b: weighted(r | still, biases | b),
+            {s: raws[s] for s in moving}, {s: biases[s] for s in moving}, has_aux=True)
+        d_raws, d_biases = back(jnp.float32(1))
+        grads = {s: _through_head(d_raws[s], d_biases[s], hiddens[s], heads[s], self.wanted[s]) for s in moving}
+        return Result(total, values, grads)
+
+
+def _through_head(d_raw: Array, d_bias: Array | None, hidden: Array, head: Head, wanted: Wanted) -> Grads:
+    """Gradients of `head.project(hidden)`: the cotangent in the compute dtype, sums in float32."""
+    d_raw = d_raw.astype(hidden.dtype)
+    dot = lambda a, b, contract: jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    return Grads(
+        hidden=dot(d_raw, head.kernel, ((1,), (0,))) if wanted.hidden else None,
+        kernel=dot(d_raw, hidden, ((0,), (0,))) if wanted.kernel else None,
+        bias=d_bias.astype(jnp.float32) if wanted.bias and d_bias is not None else None)
+
+
+def _target(name: str, logits: dict[str, Array], fields: Fields) -> Target:
+    if name == "tokens":
+        return Labels(fields.tokens)
+    if name.startswith("signals/"):
+        signal = fields.signals[name.removeprefix("signals/")]
+        if isinstance(signal, TopK):
+            return TopKTarget(signal.ids, signal.logprobs)
+        assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
+        return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None])
+    return Full(jax.lax.stop_gradient(logits[name]))
+
+
+def chunk_size(count: int, chunk: int) -> int:
+    """Tokens of a turn: at most `chunk` (rounded up to 8), turns of equal size so that the last is not mostly air."""
+    turns = max(1, -(-count // max(8, chunk)))
+    size = -(-count // turns)
+    return max(1, min(size + -size % 8, count))

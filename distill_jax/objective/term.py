@@ -1,0 +1,217 @@
+"""Terms of an objective: `loss @ roles * weight * per`, and their sum over a batch.
+
+How a step uses an `Objective`:
+```
+weights = objective.weights(batch, step, controllers)     # whole global batch: every count is final here
+dynamic = objective.dynamic(step, controllers)
+for each micro-batch (rows of batch and weights):         # totals and metrics add up
+    total, metrics = objective.loss(sources, rows, weights_of_rows, dynamic, mesh=mesh)
+controllers = objective.update(controllers, metrics, step)
+```
+Shapes: B rows, T tokens.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill_jax.core.batch import Batch, Stream
+from distill_jax.core.head import Head
+from distill_jax.core.roles import SUPERVISED, Role
+from distill_jax.core.schedules import Schedule
+from distill_jax.objective.chunks import RowTerm
+from distill_jax.objective.controllers import OWN, Controller
+from distill_jax.objective.lift import CHUNK, lift_sum
+from distill_jax.objective.reduce import RoleSums, means
+
+Array = Any
+Controllers = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One part of the objective.
+
+    loss     row loss from `losses.rows`, module-level function (logits, target, **kwargs) -> [N]
+    student  "<provider>/<view>" whose logits it reads
+    target   "tokens", "signals/<name>", or "<provider>/<view>" of a teacher run beside the student
+    on       roles of the tokens it is taken on
+    weight   factor: number, schedule or controller
+    per      "token": mean over all supervised tokens of the global batch; "sequence": mean over segments of the mean
+             over each segment's supervised tokens
+    kwargs   keyword arguments of the loss; a schedule or controller among them is evaluated each step
+    """
+
+    loss: Callable[..., Array] = field(kw_only=False)
+    student: str = "student/main"
+    target: str = "tokens"
+    on: tuple[Role, ...] = SUPERVISED
+    weight: float | Schedule | Controller = 1.0
+    per: Literal["token", "sequence"] = "token"
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise ValueError(f"Term.loss must be a row loss (a function), got {self.loss!r}")
+        if self.per not in ("token", "sequence"):
+            raise ValueError(f"Term.per must be 'token' or 'sequence', got {self.per!r}")
+        if not self.on:
+            raise ValueError(f"Term.on is empty: name the roles to train on, e.g. {[r.name for r in SUPERVISED]}")
+        for name, value in (("student", self.student), ("target", self.target)):
+            if value.count("/") != 1 and not (name == "target" and value == "tokens"):
+                raise ValueError(f"Term.{name} must look like 'student/main'"
+                                 f"{' or signals/topk, or be tokens' if name == 'target' else ''}, got {value!r}")
+
+    @property
+    def view(self) -> str:
+        return self.student.split("/")[1]
+
+
+class Weights(NamedTuple):
+    """Everything per token that multiplies a term. Leaves f32 [B,T]: slice them by rows like the batch.
+
+    weights  {term: coefficient in the total}: role mask x token weight x signal mask x schedule / global count
+    masks    {term: weight in the metrics}, without schedule and count
+    """
+
+    weights: dict[str, Array]
+    masks: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A sum of terms. Make one with `build_objective`."""
+
+    terms: Mapping[str, Term]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every "<provider>/<view>" whose hidden states `loss` needs."""
+        names = {t.student for t in self.terms.values()}
+        names |= {t.target for t in self.terms.values() if t.target != "tokens" and not _signal(t.target)}
+        return tuple(sorted(names))
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the teacher signals the batch must carry."""
+        return tuple(sorted({s for t in self.terms.values() if (s := _signal(t.target))}))
+
+    def controllers(self) -> dict[str, Controller]:
+        """`{"<term>.weight" or "<term>.<kwarg>": Controller}`."""
+        found = {f"{name}.{key}": value for name, term in self.terms.items()
+                 for key, value in {**term.kwargs, "weight": term.weight}.items()}
+        return {k: v for k, v in found.items() if isinstance(v, Controller)}
+
+    def init(self) -> Controllers:
+        """State of all controllers: belongs into the train state and the checkpoint."""
+        return {k: c.init() for k, c in self.controllers().items()}
+
+    def update(self, state: Controllers, metrics: Mapping[str, RoleSums], step: Array) -> Controllers:
+        """State after update `step`, from the metrics of the whole global batch."""
+        measured = means(metrics)
+        return {k: c.update(state[k], measured | {OWN: measured[k.rsplit(".", 1)[0]]}, step)
+                for k, c in self.controllers().items()}
+
+    def dynamic(self, step: Array, controllers: Controllers | None = None) -> dict[str, dict[str, Array]]:
+        """Values of the scheduled and controlled keyword arguments at `step`, {term: {name: f32}}."""
+        return {name: {k: self._value(f"{name}.{k}", v, step, controllers) for k, v in term.kwargs.items()
+                       if _moves(v)} for name, term in self.terms.items()}
+
+    def weights(self, batch: Batch, step: Array, controllers: Controllers | None = None) -> Weights:
+        """Token weights of every term over the whole *global* batch, before it is cut into micro-batches."""
+        out = Weights({}, {})
+        for name, term in self.terms.items():
+            stream = batch.views[term.view]
+            wanted = jnp.isin(stream.roles, jnp.asarray([int(r) for r in term.on], stream.roles.dtype))
+            if signal := _signal(term.target):
+                wanted &= _signal_of(batch, name, signal).mask
+            mask = jnp.where(wanted, stream.weights.astype(jnp.float32), 0.0)
+            if term.per == "sequence":
+                mask = _per_segment(mask, stream.segment_ids)
+            count = jnp.sum(mask)
+            factor = self._value(f"{name}.weight", term.weight, step, controllers)
+            out.weights[name] = mask * (factor * jnp.where(count > 0, 1.0 / jnp.where(count > 0, count, 1.0), 0.0))
+            out.masks[name] = mask
+        return out
+
+    def loss(self, sources: Mapping[str, tuple[Array, Head]], batch: Batch, weights: Weights,
+             dynamic: Mapping[str, Mapping[str, Array]] | None = None, *, trainable: tuple[str, ...] | None = None,
+             mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[Array, dict[str, RoleSums]]:
+        """(total, {term: RoleSums}) of these rows; `weights` are those rows of `self.weights(global batch)`.
+
+        sources {"student/main": (hidden [B,T,D], Head)} for every name in `self.sources`. `trainable` as in
+        `lift_sum`. Raises ValueError when a source or signal is missing.
+        """
+        missing = [s for s in self.sources if s not in sources]
+        if missing:
+            raise ValueError(f"the objective needs hidden states of {missing}; given: {sorted(sources)}")
+        total, metrics = jnp.float32(0), {}
+        for view in sorted({t.view for t in self.terms.values()}):
+            terms = {n: _row_term(t, (dynamic or {}).get(n, {})) for n, t in self.terms.items() if t.view == view}
+            needed = {t.source for t in terms.values()} | {t.target for t in terms.values()}
+            stream: Stream = batch.views[view]
+            part, measured = lift_sum(
+                {s: x for s, x in sources.items() if s in needed}, terms, weights.weights, tokens=stream.tokens,
+                signals=batch.signals if view == "main" else {}, roles=stream.roles, masks=weights.masks,
+                trainable=trainable, mesh=mesh, chunk=chunk)
+            total, metrics = total + part, metrics | measured
+        return total, metrics
+
+    def _value(self, key: str, value: Any, step: Array, controllers: Controllers | None) -> Array:
+        if isinstance(value, Controller):
+            if controllers is None or key not in controllers:
+                raise ValueError(f"no state for controller {key!r}; make it with Objective.init(), got "
+                                 f"{sorted(controllers or {})}")
+            value = value.value(controllers[key], step)
+        elif callable(value):
+            value = value(step)
+        return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
+
+
+def build_objective(terms: Mapping[str, Term]) -> Objective:
+    """Check the terms against each other. Raises ValueError when there is none or a name cannot be used."""
+    if not terms:
+        raise ValueError("an objective needs at least one term")
+    for name, term in terms.items():
+        if name == OWN or "/" in name or "." in name:
+            raise ValueError(f"term name {name!r} cannot be used: no '/' or '.', and not {OWN!r}")
+        if _signal(term.target) and term.view != "main":
+            raise ValueError(f"term {name!r}: signals are aligned with view 'main', its student reads {term.view!r}")
+        if term.target != "tokens" and not _signal(term.target) and term.target.split("/")[1] != term.view:
+            raise ValueError(f"term {name!r} compares {term.student!r} with {term.target!r}, but the tokens of two "
+                             "views differ; use one view on both sides")
+    return Objective(dict(terms))
+
+
+def _moves(value: Any) -> bool:
+    return isinstance(value, Controller | Schedule) and not inspect.isroutine(value)
+
+
+def _row_term(term: Term, dynamic: Mapping[str, Array]) -> RowTerm:
+    static = {k: v for k, v in term.kwargs.items() if not _moves(v)}
+    lacking = sorted(set(term.kwargs) - set(static) - set(dynamic))
+    if lacking:
+        raise ValueError(f"no value for {lacking} of {term.loss.__name__}; pass Objective.dynamic(step, controllers)")
+    return RowTerm(loss=term.loss, source=term.student, target=term.target, kwargs=static, dynamic=dynamic)
+
+
+def _signal(target: str) -> str:
+    return target.removeprefix("signals/") if target.startswith("signals/") else ""
+
+
+def _signal_of(batch: Batch, term: str, name: str) -> Any:
+    if name not in batch.signals:
+        raise ValueError(f"term {term!r} needs signal {name!r}; the batch carries {sorted(batch.signals)}. "
+                         "Score the store with a teacher, or change the term's target")
+    return batch.signals[name]
+
+
+def _per_segment(mask: Array, segment_ids: Array) -> Array:
+    """Divide each token's weight by its segment's sum, so that every segment with any weight counts as one."""
+    sums = jax.vmap(lambda m, s: jax.ops.segment_sum(m, s, num_segments=m.shape[0] + 1)[s])(mask, segment_ids)
+    return jnp.where(mask > 0, mask / jnp.where(mask > 0, sums, 1.0), 0.0)
