@@ -1,0 +1,101 @@
+"""Random reads over committed shards, from any number of threads."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorstore as ts
+
+from distill_jax.traces.store.kv import as_os_error, is_transient
+from distill_jax.traces.store.ragged import RaggedArray
+from distill_jax.traces.store.sealed import CorruptShard
+from distill_jax.traces.store.shards import Commit, Shards
+
+WINDOW = 64
+"""Rows in flight within one call: bounds memory, and hides the latency of an object store."""
+HANDLES = 512
+"""Open shards kept; a handle is a few kilobytes and holds no data."""
+
+
+class Layout(Protocol):
+    """What a reader needs to know of a commit's rows."""
+
+    def sizes(self, commit: Commit, table: str) -> np.ndarray:
+        """int [rows]: entries of each row in an array."""
+        ...
+
+    def seeds(self, commit: Commit) -> Sequence[int]:
+        """What the rows' checksums begin with."""
+        ...
+
+
+def seed_of(digest: str) -> int:
+    """CRC seed of a row's content checksum."""
+    return int(digest, 16) & 0xFFFFFFFF
+
+
+class Reader:
+    """Reads the byte planes of rows; every byte is checked before it is returned."""
+
+    def __init__(self, shards: Shards, layout: Layout) -> None:
+        self.shards = shards
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._open: OrderedDict[tuple[int, str], RaggedArray] = OrderedDict()
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+    def locate(self, ids: Sequence[int] | np.ndarray) -> list[tuple[Commit, int]]:
+        """(commit, row within it) of each row id. Raises IndexError for ids outside the store."""
+        wanted = np.asarray(ids, np.int64).reshape(-1)
+        total = self.shards.total
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < total:
+            bad = wanted[(wanted < 0) | (wanted >= total)][0]
+            raise IndexError(f"{self.shards.kv.url}{self.shards.prefix and '/' + self.shards.prefix}: no row {bad}; "
+                             f"rows run from 0 to {total - 1}")
+        firsts = np.array([c.first_row for c in self.shards.commits], np.int64)
+        at = np.searchsorted(firsts, wanted, side="right") - 1
+        return [(self.shards.commits[s], int(i - firsts[s])) for s, i in zip(at, wanted)]
+
+    def read(self, ids: Sequence[int] | np.ndarray, tables: Sequence[str]
+             ) -> Iterator[tuple[Commit, int, Mapping[str, Mapping[str, np.ndarray]]]]:
+        """(commit, row within it, {table: {plane: uint8 [n]}}) of each row, in the order asked."""
+        located = self.locate(ids)
+        for begin in range(0, len(located), WINDOW):
+            window = located[begin : begin + WINDOW]
+            batch = ts.Batch()
+            started = [[self._start(commit, row, t, batch) for t in tables] for commit, row in window]
+            batch.submit()
+            for (commit, row), futures in zip(window, started):
+                yield commit, row, {t: self._finish(commit, row, *f) for t, f in zip(tables, futures)}
+
+    def _start(self, commit: Commit, row: int, table: str, batch: Any) -> tuple[RaggedArray, Any]:
+        array = self._array(commit, table)
+        return array, array.start(row, batch)
+
+    def _finish(self, commit: Commit, row: int, array: RaggedArray, future: Any) -> dict[str, np.ndarray]:
+        try:
+            return array.finish(row, future)
+        except ValueError as e:
+            where = f"{self.shards.kv.url}: {array.meta.path}"
+            if is_transient(e):
+                raise as_os_error(e, where) from None
+            raise CorruptShard(f"{where}: {str(e).splitlines()[0][:200]}", shard=commit.number,
+                               row=commit.first_row + row) from None
+
+    def _array(self, commit: Commit, table: str) -> RaggedArray:
+        key = (commit.number, table)
+        with self._lock:
+            found = self._open.get(key)
+            if found is not None:
+                self._open.move_to_end(key)
+                return found
+        meta = commit.array(table)
+        made = RaggedArray(self.shards.kv.below(meta.path), meta, self._layout.sizes(commit, table),
+                           self._layout.seeds(commit), self._context)
+        with self._lock:
+            self._open[key] = made
+            while len(self._open) > HANDLES:
+                self._open.popitem(last=False)
+        return made

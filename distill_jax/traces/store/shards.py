@@ -1,0 +1,105 @@
+"""Committed shards: data files first, then the one JSON file that makes them visible.
+
+    shards/000000.json                commit: rows, checksums, state of the writer, which files hold the data
+    data/000000-1f3a9c20/tokens/      arrays of that shard, in a folder named after their content
+
+The folder is named after its content, so that a second writer, or a resumed one that is given other rows, never
+touches the files of a committed shard; the loser of a race for one number gets an error.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import distill_jax.traces.store.ragged as ragged
+from distill_jax.traces.store.kv import Kv
+from distill_jax.traces.store.sealed import CorruptShard, canonical, seal, unseal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """One committed shard: its number, its first row in the store, and the body of its JSON file."""
+
+    number: int
+    first_row: int
+    body: Mapping[str, Any]
+
+    @property
+    def rows(self) -> int:
+        return self.body["rows"]
+
+    def array(self, name: str) -> ragged.ArrayMeta:
+        return ragged.ArrayMeta.from_json(self.body["arrays"][name])
+
+
+class Shards:
+    """The committed shards below `prefix` ("" for the rows, `signals/<name>/` for a signal)."""
+
+    def __init__(self, kv: Kv, prefix: str, owner: str) -> None:
+        self.kv = kv
+        self.prefix = prefix
+        self.owner = owner  # checksum of the manifest or header: a commit of another store is noticed
+        self.commits: list[Commit] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read commits that appeared since. Raises CorruptShard for a changed, missing or foreign one."""
+        folder = f"{self.prefix}shards/"
+        numbers = sorted(int(k[:-5]) for k in self.kv.list(folder) if k.endswith(".json") and k[:-5].isdigit())
+        if numbers != list(range(len(numbers))):
+            gap = next(i for i, n in enumerate(numbers) if i != n)
+            raise CorruptShard(f"{self._key(gap)} is missing though later shards are there", shard=gap)
+        fresh = numbers[len(self.commits):]
+        for number, data in zip(fresh, self.kv.read_many(self._key(n) for n in fresh)):
+            if data is None:
+                raise CorruptShard(f"{self._key(number)} disappeared", shard=number)
+            body = unseal(data, self._key(number), number)
+            first = self.commits[-1].first_row + self.commits[-1].rows if self.commits else 0
+            if (body["shard"], body["first_row"], body["owner"]) != (number, first, self.owner):
+                raise CorruptShard(f"{self._key(number)} belongs to another place or store", shard=number)
+            self.commits.append(Commit(number=number, first_row=first, body=body))
+
+    def _key(self, number: int) -> str:
+        return f"{self.prefix}shards/{number:06d}.json"
+
+    @property
+    def total(self) -> int:
+        """Number of rows."""
+        return self.commits[-1].first_row + self.commits[-1].rows if self.commits else 0
+
+    def commit(self, body: Mapping[str, Any], tables: Mapping[str, ragged.Table]) -> None:
+        """Write the next shard: its arrays, then its commit. Nothing is visible before the last write."""
+        number = len(self.commits)
+        encoded = {name: ragged.encode(table) for name, table in tables.items()}
+        metas = {name: e.meta(name) for name, e in encoded.items()}
+        identity = canonical([metas[n].to_json() for n in sorted(metas)])
+        tag = f"{number:06d}-{ragged.checksum(identity.encode())[:8]}"
+        place = f"{self.prefix}data/{tag}/"
+        arrays = {n: {**m.to_json(), "path": f"{place}{n}/"} for n, m in metas.items()}
+        full = {**body, "shard": number, "first_row": self.total, "owner": self.owner, "arrays": arrays}
+        data = seal(full, "the writer's state")
+        self.kv.write_many({f"{place}{n}/{f}": content for n, e in encoded.items() for f, content in e.files.items()})
+        if not self.kv.write_new(self._key(number), data):
+            raise ValueError(f"{self.kv.url}: another writer has committed {self._key(number)} meanwhile; one store "
+                             "or signal takes one writer at a time. Run again to continue after its last shard")
+        self.commits.append(Commit(number=number, first_row=self.total, body=full))
+        self._clean(number, f"{tag}/")
+
+    def _clean(self, number: int, keep: str) -> None:
+        """Delete what a killed writer left of this shard. Safe once it is committed: nobody can commit it again."""
+        folder = f"{self.prefix}data/"
+        start = f"{number:06d}-"
+        stale = {start + k.split("/", 1)[0] + "/" for k in self.kv.list(folder + start)} - {keep}
+        for name in sorted(stale):
+            self.kv.delete(folder + name)
+
+    def verify_files(self, commit: Commit) -> None:
+        """Compare every data file of a shard with the checksums of its commit."""
+        for meta in (commit.array(n) for n in commit.body["arrays"]):
+            keys = [meta.path + f for f in meta.files]
+            for key, (size, expected), data in zip(keys, meta.files.values(), self.kv.read_many(keys)):
+                if data is None:
+                    raise CorruptShard(f"{key} is missing", shard=commit.number)
+                if len(data) != size or ragged.checksum(data) != expected:
+                    raise CorruptShard(f"{key}: {len(data)} bytes that do not match the checksum of the {size} "
+                                       "written", shard=commit.number)

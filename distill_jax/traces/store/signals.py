@@ -1,0 +1,223 @@
+"""Teacher signals beside the rows: what a teacher said about each token, under `signals/<name>/`.
+
+A signal has its own header and shards with the row ids and shard boundaries of the store. Every signal row's checksum
+is seeded with the content checksum of the row it was made for, so it cannot be read beside a different one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+import distill_jax.traces.store.quantise as quantise
+from distill_jax.traces.store.ragged import column, to_planes
+from distill_jax.traces.store.rows import MAX_ID
+
+KINDS = ("topk", "token")
+MAX_K = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalHeader:
+    """What a signal is and who made it; immutable once written.
+
+    kind       `topk`: the k most probable outcomes; `token`: the log-prob of the token that stands there
+    k          outcomes kept at most (topk), 0 for token
+    teacher    model, revision and whatever identifies it
+    params     how it was scored: template, temperature, dtype, kept mass, ... (JSON)
+    precision  of the log-probs, see `quantise`: `u8` (default for topk), `u16` (default for token), `f16`, `f32`
+    """
+
+    kind: str
+    k: int = 0
+    teacher: Mapping[str, Any] | str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown signal kind {self.kind!r}; expected one of {', '.join(KINDS)}")
+        if not (1 <= self.k <= MAX_K if self.kind == "topk" else self.k == 0):
+            raise ValueError(f"a {self.kind} signal cannot have k={self.k}: topk takes 1 to {MAX_K}, token takes 0")
+        if not self.precision:
+            object.__setattr__(self, "precision", "u8" if self.kind == "topk" else "u16")
+        if self.precision not in quantise.PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}; expected one of "
+                             f"{', '.join(quantise.PRECISIONS)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "SignalHeader":
+        return cls(**value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRow:
+    """The k most probable outcomes at each of T tokens, most probable first.
+
+    ids       int32 [T,K]    token ids, -1 where fewer than K are kept
+    logprobs  float32 [T,K]  full-vocabulary log-probs, never renormalised; -inf where ids is -1
+    mask      bool [T]       whether the teacher said anything about the token
+    tail      float32 [T]    mass outside the kept outcomes, with its own accuracy (1 - sum cancels); 1 where masked.
+                             None on the way in: taken as 1 - sum
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    mask: np.ndarray
+    tail: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRow:
+    """Log-prob of the token that stands there: logprobs float32 [T] (0 where masked), mask bool [T]."""
+
+    logprobs: np.ndarray
+    mask: np.ndarray
+
+
+SignalRow = TopKRow | TokenRow
+Planes = dict[str, np.ndarray]
+
+
+def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
+    """Drop the least probable outcomes of each token beyond the first that reach `mass` (0.99 keeps 99% of what the
+    row holds). What is dropped goes into the tail; absent outcomes cost no bytes."""
+    order = np.argsort(-row.logprobs, axis=1, kind="stable")
+    p = np.take_along_axis(np.exp(row.logprobs.astype(np.float64)), order, axis=1)
+    before = np.cumsum(p, axis=1) - p
+    keep_sorted = before < mass * p.sum(axis=1, keepdims=True)
+    keep = np.zeros_like(keep_sorted)
+    np.put_along_axis(keep, order, keep_sorted, axis=1)
+    keep &= row.ids >= 0
+    tail = 1.0 - np.sum(np.exp(row.logprobs.astype(np.float64)), axis=1) if row.tail is None else row.tail
+    dropped = np.sum(np.exp(row.logprobs.astype(np.float64)), axis=1, where=~keep)
+    return TopKRow(ids=np.where(keep, row.ids, -1), logprobs=np.where(keep, row.logprobs, -np.inf), mask=row.mask,
+                   tail=np.clip(tail + dropped, 0.0, 1.0).astype(np.float32))
+
+
+class TopKCodec:
+    """Rows of `TopKRow` as two tables: one entry a token (`tokens`: kept + 1, tail) and one an outcome (`outcomes`:
+    id, log-prob code as the difference to the one before)."""
+
+    def __init__(self, header: SignalHeader) -> None:
+        self.k = header.k
+        self.precision = header.precision
+        self._code = quantise.PRECISIONS[header.precision].code
+        self._graded = bool(quantise.PRECISIONS[header.precision].steps)
+        self.widths = {"tokens": {"kept": 2, "tail": 2 if self._graded else 4},
+                       "outcomes": {"id": 3, "code": self._code.itemsize}}
+
+    def encode(self, row: SignalRow, length: int) -> Planes:
+        """{table: byte planes}. Raises ValueError for a row that is not a log-probability table of this length."""
+        ids, logprobs, mask, tail = self._checked(row, length)
+        order = np.lexsort((ids, -logprobs), axis=1)
+        ids, logprobs = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
+        there = ids >= 0
+        kept = np.where(mask, there.sum(axis=1) + 1, 0)
+        codes = quantise.encode(logprobs[there], self.precision)
+        delta = np.diff(codes, prepend=np.zeros(1, codes.dtype))  # wraps around; the sum does too
+        tails = quantise.encode_tail(tail) if self._graded else tail.astype("<f4").view("<u4")
+        tails = np.where(mask, tails, np.zeros(1, tails.dtype))
+        width = self.widths
+        return {"tokens": to_planes({"kept": (kept, 2), "tail": (tails, width["tokens"]["tail"])}),
+                "outcomes": to_planes({"id": (ids[there], 3), "code": (delta, width["outcomes"]["code"])})}
+
+    def _checked(self, row: SignalRow, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        if not isinstance(row, TopKRow):
+            raise ValueError(f"this signal takes TopKRow, got {type(row).__name__}")
+        ids, lp = np.asarray(row.ids), np.asarray(row.logprobs, np.float64)
+        mask = np.asarray(row.mask, bool)
+        if ids.ndim != 2 or ids.shape != lp.shape or len(ids) != length or ids.shape[1] > self.k:
+            raise ValueError(f"expected ids and logprobs [{length}, at most {self.k}], got {ids.shape} {lp.shape}")
+        if mask.shape != (length,):
+            raise ValueError(f"expected mask [{length}], got {mask.shape}")
+        there = (ids >= 0) & mask[:, None]
+        ids = np.where(there, ids, -1).astype(np.int64)
+        if ids.max(initial=-1) > MAX_ID:
+            raise ValueError(f"token id {ids.max()} does not fit: ids go to {MAX_ID}")
+        if not np.all(np.isfinite(lp[there])) or np.any(lp[there] > 1e-3):
+            raise ValueError("log-probs of kept outcomes must be finite and at most 0; give outcomes of "
+                             "probability 0 the id -1")
+        ordered = np.sort(ids, axis=1)
+        if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)):
+            raise ValueError("an outcome occurs twice at one token")
+        lp = np.where(there, np.minimum(lp, 0.0), -np.inf)
+        total = np.exp(lp).sum(axis=1)
+        if np.any(total > 1.001):
+            raise ValueError(f"probabilities of one token sum to {total.max():.6f}: these are not log-probabilities "
+                             "over the full vocabulary")
+        lp = lp - np.log(np.maximum(total, 1.0))[:, None]  # float noise above 1
+        rest = np.maximum(1.0 - total, 0.0)
+        tail = rest if row.tail is None else np.where(mask, np.asarray(row.tail, np.float64), 1.0)
+        if tail.shape != (length,) or not np.all(np.abs(tail - rest)[mask] < 1e-3):
+            raise ValueError("tail must be 1 - sum(exp(logprobs)) to 1e-3")
+        return ids, lp, mask, tail
+
+    def decode(self, tables: Mapping[str, Planes], length: int) -> TopKRow:
+        """Inverse of `encode`, up to the precision."""
+        kept = column(tables["tokens"], "kept", length)
+        mask = kept > 0
+        count = np.maximum(kept - 1, 0)
+        total = int(count.sum())
+        outcomes = tables["outcomes"]
+        flat_ids = column(outcomes, "id", total)
+        delta = column(outcomes, "code", total, self._code.newbyteorder("="))
+        codes = np.cumsum(delta, dtype=delta.dtype)
+        tails = column(tables["tokens"], "tail", length, np.uint32)
+        width = self.k
+        there = None if total == length * width else np.arange(width) < count[:, None]
+        ids = _spread(flat_ids, there, (length, width), np.int32(-1))
+        lp = _spread(quantise.decode(codes, self.precision), there, (length, width), np.float32(-np.inf))
+        if not self._graded:
+            tail = np.where(mask, tails.view(np.float32), np.float32(1))
+            return TopKRow(ids=ids, logprobs=lp, mask=mask, tail=tail)
+        tail = np.where(mask, quantise.decode_tail(tails), np.float32(1))
+        p = _spread(quantise.probabilities(codes, self.precision), there, (length, width), np.float32(0))
+        scale = np.zeros(length, np.float32)
+        some = count > 0
+        np.log((1 - tail) / np.where(some, p.sum(axis=1), 1), out=scale, where=some & (tail < 1))
+        lp += scale[:, None]
+        return TopKRow(ids=ids, logprobs=np.minimum(lp, np.float32(0), out=lp), mask=mask, tail=tail)
+
+
+def _spread(flat: np.ndarray, there: np.ndarray | None, shape: tuple[int, int], empty: Any) -> np.ndarray:
+    """Ragged entries into [T,K]; `there` None means that every place is filled."""
+    if there is None:
+        return flat.reshape(shape)
+    out = np.full(shape, empty)
+    out[there] = flat
+    return out
+
+
+class TokenCodec:
+    """Rows of `TokenRow` as one table: mask, code."""
+
+    def __init__(self, header: SignalHeader) -> None:
+        self.precision = header.precision
+        self._code = quantise.PRECISIONS[header.precision].code
+        self.widths = {"tokens": {"mask": 1, "code": self._code.itemsize}}
+
+    def encode(self, row: SignalRow, length: int) -> Planes:
+        if not isinstance(row, TokenRow):
+            raise ValueError(f"this signal takes TokenRow, got {type(row).__name__}")
+        lp, mask = np.asarray(row.logprobs, np.float32), np.asarray(row.mask, bool)
+        if lp.shape != (length,) or mask.shape != (length,):
+            raise ValueError(f"expected logprobs and mask [{length}], got {lp.shape} {mask.shape}")
+        if np.any(np.isnan(lp[mask])) or np.any(lp[mask] > 1e-3):
+            raise ValueError("log-probs must be numbers at most 0")
+        lp = np.minimum(np.where(mask, lp, np.float32(0)), np.float32(0))
+        codes = quantise.encode(lp, self.precision)
+        return {"tokens": to_planes({"mask": (mask, 1), "code": (codes, self._code.itemsize)})}
+
+    def decode(self, tables: Mapping[str, Planes], length: int) -> TokenRow:
+        planes = tables["tokens"]
+        codes = column(planes, "code", length, self._code.newbyteorder("="))
+        return TokenRow(logprobs=quantise.decode(codes, self.precision), mask=column(planes, "mask", length) > 0)
+
+
+def make_codec(header: SignalHeader) -> TopKCodec | TokenCodec:
+    return TopKCodec(header) if header.kind == "topk" else TokenCodec(header)

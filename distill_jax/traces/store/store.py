@@ -1,0 +1,261 @@
+"""`TraceStore`: traces tokenised once, with their teacher signals, in tensorstore.
+
+    manifest.json                                  immutable: format, header
+    shards/000000.json                             commit of a shard: rows, lengths, checksums, writer state
+    data/000000-<tag>/tokens/  text/               zarr v3 arrays of the shard
+    signals/<name>/header.json, shards/, data/     a teacher signal, same rows and shard boundaries
+
+See `shards` for how a shard becomes visible, `ragged` for the arrays, `quantise` for the log-probs.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from distill_jax.traces.store.header import StoreHeader
+from distill_jax.traces.store.kv import Kv
+from distill_jax.traces.store.reader import Reader, seed_of
+from distill_jax.traces.store.rows import (
+    Row,
+    RowArrays,
+    RowIndex,
+    decode_document,
+    decode_tokens,
+    digest,
+)
+from distill_jax.traces.store.sealed import CorruptShard, canonical, seal, seal_id, unseal
+from distill_jax.traces.store.shards import Commit, Shards
+from distill_jax.traces.store.signals import SignalHeader, SignalRow, make_codec
+from distill_jax.traces.store.writers import SHARD_TOKENS, SignalWriter, StoreWriter
+from distill_jax.traces.trace import Trace
+
+FORMAT, VERSION = "distill_jax.traces", 1
+MANIFEST = "manifest.json"
+
+Ids = Sequence[int] | np.ndarray
+
+
+class _RowLayout:
+    def sizes(self, commit: Commit, table: str) -> np.ndarray:
+        return np.array(commit.body["columns"]["lengths" if table == "tokens" else "documents"], np.int64)
+
+    def seeds(self, commit: Commit) -> list[int]:
+        return [seed_of(d) for d in commit.body["columns"]["digests"]]
+
+
+class _SignalLayout(_RowLayout):
+    def sizes(self, commit: Commit, table: str) -> np.ndarray:
+        return np.array(commit.body["columns"][table], np.int64)
+
+
+class TraceStore:
+    """A store as it was when opened (`refresh` sees shards committed since). Reads are safe from many threads."""
+
+    def __init__(self, kv: Kv, header: StoreHeader, owner: str) -> None:
+        self.kv = kv
+        self.header = header
+        self._shards = Shards(kv, "", owner)
+        self._reader = Reader(self._shards, _RowLayout())
+
+    @classmethod
+    def create(cls, url: str | os.PathLike[str], header: StoreHeader) -> "TraceStore":
+        """A new, empty store. Raises ValueError where one is already."""
+        kv = Kv(url)
+        data = seal({"format": FORMAT, "version": VERSION, "header": header.to_json()}, "the store's header")
+        if kv.read(MANIFEST) is not None or kv.list("shards/"):
+            raise ValueError(f"{kv.url} already holds a store; open it, or write to another place")
+        if not kv.write_new(MANIFEST, data):
+            raise ValueError(f"{kv.url}: another process has created a store here meanwhile")
+        return cls.open(url)
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str]) -> "TraceStore":
+        """Open an existing store. Raises FileNotFoundError, or CorruptShard when the manifest or a commit is."""
+        kv = Kv(url)
+        data = kv.read(MANIFEST)
+        if data is None:
+            raise FileNotFoundError(f"no trace store at {kv.url}: there is no {MANIFEST}")
+        body = unseal(data, f"{kv.url}: {MANIFEST}")
+        if body.get("format") != FORMAT or body.get("version") != VERSION:
+            raise ValueError(f"{kv.url}: format {body.get('format')} version {body.get('version')}, "
+                             f"this program reads {FORMAT} version {VERSION}")
+        return cls(kv, StoreHeader.from_json(body["header"]), seal_id(data))
+
+    @classmethod
+    def open_or_create(cls, url: str | os.PathLike[str], header: StoreHeader) -> "TraceStore":
+        """To resume a writer: the store that is there, which must have this very header, or a new one."""
+        try:
+            store = cls.open(url)
+        except FileNotFoundError:
+            return cls.create(url, header)
+        ours, theirs = (canonical(h.to_json(), "the header") for h in (header, store.header))
+        if ours != theirs:
+            old, new = store.header.to_json(), header.to_json()
+            changed = [k for k in old if canonical(old[k]) != canonical(new[k])]
+            raise ValueError(f"{store.url} was written with another {' and '.join(changed)}; continue it with the "
+                             "settings it began with, or write to another place")
+        return store
+
+    def __reduce__(self) -> Any:  # handles and locks do not travel to worker processes
+        return TraceStore.open, (self.kv.url,)
+
+    def __repr__(self) -> str:
+        return f"TraceStore({self.url}, {len(self)} rows, signals {self.signals()})"
+
+    @property
+    def url(self) -> str:
+        return self.kv.url
+
+    def __len__(self) -> int:
+        return self._shards.total
+
+    @property
+    def shards(self) -> tuple[Commit, ...]:
+        """The committed shards."""
+        return tuple(self._shards.commits)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last writer closed the store (rather than being interrupted)."""
+        return bool(self._shards.commits) and bool(self._shards.commits[-1].body["final"])
+
+    def refresh(self) -> None:
+        """See the shards committed since the store was opened."""
+        self._shards.refresh()
+
+    def index(self) -> RowIndex:
+        """Lengths, groups, verdicts and flags of all rows; reads nothing."""
+        gather = lambda name: [v for c in self._shards.commits for v in c.body["columns"][name]]
+        verdicts = [-1 if v is None else int(v) for v in gather("verdicts")]
+        return RowIndex(lengths=self.lengths(), groups=tuple(gather("groups")),
+                        verdicts=np.array(verdicts, np.int8), flags=tuple(tuple(f) for f in gather("flags")))
+
+    def lengths(self) -> np.ndarray:
+        """int32 [N]: tokens of each row; reads nothing."""
+        return np.array([n for c in self._shards.commits for n in c.body["columns"]["lengths"]], np.int32)
+
+    def row(self, i: int) -> Row:
+        """One row with its trace and text."""
+        for commit, at, tables in self._reader.read([i], ("tokens", "text")):
+            arrays = decode_tokens(dict(tables["tokens"]), commit.body["columns"]["lengths"][at])
+            text, trace = decode_document(_document(tables))
+            return Row(**vars(arrays), text=text, trace=trace)
+        raise AssertionError("the reader yields one entry per id")
+
+    def read(self, ids: Ids) -> list[RowArrays]:
+        """The arrays of many rows, in the order asked; reads run concurrently."""
+        return [decode_tokens(dict(tables["tokens"]), commit.body["columns"]["lengths"][at])
+                for commit, at, tables in self._reader.read(ids, ("tokens",))]
+
+    def traces(self, ids: Ids | None = None) -> Iterator[Trace]:
+        """The traces of the rows asked for (all of them by default), one after the other."""
+        wanted: Iterable[int] = range(len(self)) if ids is None else ids
+        for _, _, tables in self._reader.read(np.fromiter(wanted, np.int64), ("text",)):
+            yield decode_document(_document(tables))[1]
+
+    def writer(self, shard_rows: int = 256, shard_tokens: int = SHARD_TOKENS) -> StoreWriter:
+        """A writer that continues after the last committed shard. One at a time: of two that race for a shard, one
+        gets an error. A shard ends at `shard_rows` rows or once it holds `shard_tokens` tokens."""
+        self.refresh()
+        return StoreWriter(self._shards, shard_rows, shard_tokens)
+
+    def signals(self) -> list[str]:
+        """Names of the signals."""
+        return sorted({k.split("/")[0] for k in self.kv.list("signals/") if k.endswith("/header.json")})
+
+    def signal(self, name: str) -> "SignalReader":
+        """A signal by name. Raises ValueError with the names there are."""
+        key = f"signals/{_signal_name(name)}/header.json"
+        data = self.kv.read(key)
+        if data is None:
+            raise ValueError(f"{self.url} has no signal {name!r}; it has: {', '.join(self.signals()) or 'none'}")
+        header = SignalHeader.from_json(unseal(data, f"{self.url}: {key}")["header"])
+        return SignalReader(name, header, self._shards, Shards(self.kv, f"signals/{name}/", seal_id(data)))
+
+    def signal_writer(self, name: str, header: SignalHeader) -> SignalWriter:
+        """A writer for a new signal, or one that continues an interrupted one: its header must be the same."""
+        key = f"signals/{_signal_name(name)}/header.json"
+        data = seal({"header": header.to_json()}, "the signal's header")
+        if not self.kv.write_new(key, data):
+            old, new = self.signal(name).header.to_json(), header.to_json()
+            changed = [f"{k}: {old[k]!r} there, {new[k]!r} asked" for k in old
+                       if canonical(old[k]) != canonical(new[k])]
+            raise ValueError(f"{self.url}: signal {name!r} was begun with another header ({'; '.join(changed)}); "
+                             "give the new one another name")
+        return SignalWriter(self._shards, Shards(self.kv, f"signals/{name}/", seal_id(data)), header)
+
+    def verify(self) -> None:
+        """Read and check every byte of the store and its signals. Raises CorruptShard for the first damage."""
+        fresh = TraceStore.open(self.url)
+        for commit in fresh._shards.commits:
+            digests = commit.body["columns"]["digests"]
+            ids = range(commit.first_row, commit.first_row + commit.rows)
+            for _, at, tables in fresh._reader.read(np.array(ids), ("tokens", "text")):
+                arrays = decode_tokens(dict(tables["tokens"]), commit.body["columns"]["lengths"][at])
+                if digest(arrays) != digests[at]:
+                    raise CorruptShard("the row's content does not match its checksum", shard=commit.number,
+                                       row=commit.first_row + at)
+                decode_document(_document(tables))
+            fresh._shards.verify_files(commit)
+        for name in fresh.signals():
+            fresh.signal(name).verify()
+
+
+class SignalReader:
+    """A teacher signal of a store; `len` is the number of rows that have it. Reads are safe from many threads."""
+
+    def __init__(self, name: str, header: SignalHeader, rows: Shards, shards: Shards) -> None:
+        self.name = name
+        self.header = header
+        self._shards = shards
+        self._codec = make_codec(header)
+        self._reader = Reader(shards, _SignalLayout())
+        for commit in shards.commits:
+            _check_rows(name, commit, rows)
+
+    def __len__(self) -> int:
+        return self._shards.total
+
+    @property
+    def shards(self) -> tuple[Commit, ...]:
+        """The committed shards."""
+        return tuple(self._shards.commits)
+
+    def read(self, ids: Ids) -> list[SignalRow]:
+        """The signal of many rows, in the order asked: `TopKRow` or `TokenRow` by the header's kind."""
+        return [self._codec.decode({t: dict(p) for t, p in tables.items()}, commit.body["columns"]["tokens"][at])
+                for commit, at, tables in self._reader.read(ids, tuple(self._codec.widths))]
+
+    def verify(self) -> None:
+        """Read and check every byte. Raises CorruptShard."""
+        for commit in self._shards.commits:
+            self.read(np.arange(commit.first_row, commit.first_row + commit.rows))
+            self._shards.verify_files(commit)
+
+
+def _check_rows(name: str, commit: Commit, rows: Shards) -> None:
+    """The signal's shard was made for exactly the rows that are there."""
+    where = f"signal {name!r}"
+    if commit.number >= len(rows.commits):
+        raise CorruptShard(f"{where} has this shard, the store does not", shard=commit.number)
+    ours, theirs = commit.body["columns"]["digests"], rows.commits[commit.number].body["columns"]["digests"]
+    if len(ours) != len(theirs):
+        raise CorruptShard(f"{where} was made for {len(ours)} rows, the store's shard has {len(theirs)}",
+                           shard=commit.number)
+    for at, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            raise CorruptShard(f"{where} was made for another row than the one that stands there",
+                               shard=commit.number, row=commit.first_row + at)
+
+
+def _document(tables: Any) -> bytes:
+    return b"".join(p.tobytes() for p in tables["text"].values())
+
+
+def _signal_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"signal name {name!r}: use letters, digits, dot, dash and underscore")
+    return name

@@ -1,0 +1,187 @@
+"""Writers: rows are gathered until a shard is whole, then the shard is committed."""
+
+import copy
+from collections import Counter
+from typing import Any, Self
+
+import numpy as np
+
+from distill_jax.core.roles import Role
+from distill_jax.traces.store.ragged import Table, plane_names
+from distill_jax.traces.store.reader import seed_of
+from distill_jax.traces.store.rows import TOKEN_PLANES, Row, checked, digest, encode_document, encode_tokens
+from distill_jax.traces.store.shards import Shards
+from distill_jax.traces.store.signals import SignalHeader, SignalRow, make_codec
+
+SHARD_TOKENS = 1 << 19
+"""A shard ends early at this many tokens, so that long rows do not make writers hold gigabytes."""
+
+
+class _Writer:
+    """Shared life cycle: a context manager that closes, or aborts when its block raises."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Forget the rows of the shard that is not whole. Nothing committed is lost."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class StoreWriter(_Writer):
+    """Appends rows to a store. Open it again after a kill: it continues after the last whole shard.
+
+    state     JSON value committed with each shard: where the writer stood right after the shard's last row. After a
+              restart it is what the last commit holds, and `next_row` rows are there
+    next_row  id the next appended row gets
+
+    A row that was appended is safe only once its shard is committed; a resumed caller goes back to `state` and
+    appends the rows after it again. The same rows give the same bytes, interrupted or not.
+    """
+
+    def __init__(self, shards: Shards, shard_rows: int, shard_tokens: int) -> None:
+        if shard_rows < 1 or shard_tokens < 1:
+            raise ValueError(f"shard_rows and shard_tokens must be at least 1, got {shard_rows}, {shard_tokens}")
+        self._shards = shards
+        self._limits = (shard_rows, shard_tokens)
+        last = shards.commits[-1].body if shards.commits else {}
+        self.state: dict[str, Any] = copy.deepcopy(last.get("state", {}))
+        self._committed = (copy.deepcopy(self.state), bool(last.get("final", False)))
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tokens: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = []
+        self._columns: dict[str, list[Any]] = {
+            name: [] for name in ("lengths", "digests", "documents", "groups", "verdicts", "flags")}
+        self._roles: Counter[str] = Counter()
+
+    @property
+    def next_row(self) -> int:
+        return self._shards.total + len(self._tokens)
+
+    def append(self, row: Row, state: dict[str, Any] | None = None) -> int:
+        """Add a row, and set `state` to what holds after it. Returns the row's id; commits when a shard is whole."""
+        arrays = checked(row)
+        document = np.frombuffer(encode_document(row.text, row.trace), np.uint8)
+        if state is not None:
+            self.state = state
+        self._tokens.append(encode_tokens(arrays))
+        self._documents.append(document[None, :])
+        for name, value in (("lengths", len(arrays)), ("digests", digest(arrays)), ("documents", len(document)),
+                            ("groups", row.trace.group), ("verdicts", row.trace.verdict),
+                            ("flags", list(row.trace.flags))):
+            self._columns[name].append(value)
+        for role, count in enumerate(np.bincount(arrays.roles)):
+            if count:
+                self._roles[Role(role).name.lower()] += int(count)
+        number = self.next_row - 1
+        if len(self._tokens) >= self._limits[0] or sum(self._columns["lengths"]) >= self._limits[1]:
+            self._flush(final=False)
+        return number
+
+    def _flush(self, *, final: bool) -> None:
+        seeds = [seed_of(d) for d in self._columns["digests"]]
+        body = {"rows": len(self._tokens), "columns": self._columns, "roles": dict(self._roles), "final": final,
+                "state": self.state}
+        tables = {"tokens": Table(rows=self._tokens, names=TOKEN_PLANES, seeds=seeds, least=256, most=4096),
+                  "text": Table(rows=self._documents, names=["byte.0"], seeds=seeds, least=4096, most=65536)}
+        try:
+            self._shards.commit(body, tables)
+        except Exception:
+            self.abort()
+            raise
+        self._committed = (copy.deepcopy(self.state), final)
+        self._clear()
+
+    def close(self) -> None:
+        """Commit the rows left over and mark the store as complete. Does nothing when nothing changed."""
+        if self._tokens or self._committed != (self.state, True):
+            self._flush(final=True)
+
+    def abort(self) -> None:
+        self.state = copy.deepcopy(self._committed[0])
+        self._clear()
+
+
+class SignalWriter(_Writer):
+    """Appends the signal of row after row; shards end where the store's do.
+
+    next_row  the row whose signal comes next; after a restart the first row of the first missing shard
+    """
+
+    def __init__(self, rows: Shards, shards: Shards, header: SignalHeader) -> None:
+        self._rows = rows
+        self._shards = shards
+        self._codec = make_codec(header)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._encoded: dict[str, list[np.ndarray]] = {name: [] for name in self._codec.widths}
+
+    @property
+    def next_row(self) -> int:
+        return self._shards.total + len(self._encoded["tokens"])
+
+    def append(self, signal: SignalRow) -> int:
+        """Add the signal of row `next_row` and return that row's id. A row that was not scored gets an all-False
+        mask. Commits when the store's shard is whole."""
+        while self._is_empty():
+            self._commit()
+        number = self.next_row
+        if number >= self._rows.total:
+            raise ValueError(f"the store has {self._rows.total} rows and all of them have this signal")
+        commit = self._rows.commits[len(self._shards.commits)]
+        length = commit.body["columns"]["lengths"][number - commit.first_row]
+        try:
+            tables = self._codec.encode(signal, length)
+        except ValueError as e:
+            raise ValueError(f"signal of row {number}: {e}") from None
+        for name, planes in tables.items():
+            self._encoded[name].append(planes)
+        if len(self._encoded["tokens"]) == commit.rows:
+            self._commit()
+        return number
+
+    def _is_empty(self) -> bool:
+        """Whether the next shard of the store holds no rows (a closing commit)."""
+        number = len(self._shards.commits)
+        return number < len(self._rows.commits) and self._rows.commits[number].rows == 0
+
+    def _commit(self) -> None:
+        digests = self._rows.commits[len(self._shards.commits)].body["columns"]["digests"]
+        seeds = [seed_of(d) for d in digests]
+        sizes = {name: [p.shape[1] for p in planes] for name, planes in self._encoded.items()}
+        limits = {"tokens": (256, 4096), "outcomes": (4096, 65536)}
+        tables = {name: Table(rows=planes, names=plane_names(self._codec.widths[name]), seeds=seeds,
+                              least=limits[name][0], most=limits[name][1])
+                  for name, planes in self._encoded.items()}
+        try:
+            self._shards.commit({"rows": len(digests), "columns": {"digests": digests, **sizes}}, tables)
+        finally:
+            self._clear()
+
+    def close(self) -> None:
+        """Raises ValueError when rows of a shard are missing: a signal's shards are those of the store."""
+        left = len(self._encoded["tokens"])
+        while not left and self._is_empty():
+            self._commit()
+        if left:
+            commit = self._rows.commits[len(self._shards.commits)]
+            first, rows = self._shards.total, commit.rows
+            self.abort()
+            raise ValueError(f"the signal of rows {first + left} to {first + rows - 1} is missing: shard "
+                             f"{commit.number} needs all of its rows {first} to {first + rows - 1}, nothing of it "
+                             "was written")
+
+    def abort(self) -> None:
+        self._clear()

@@ -1,0 +1,89 @@
+"""The rows of a store: what comes back is what was appended, from any place, in any order."""
+
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from distill_jax.traces.store import StoreHeader, TraceStore, compatible
+from distill_jax.traces.store.rows import decode_tokens, encode_tokens
+from tests.traces.store.store_builders import HEADER, build, make_row, same_arrays
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("store") / "s", rows=20, shard_rows=8)
+
+
+def test_rows_come_back(store):
+    opened = TraceStore.open(store.url)
+    assert len(opened) == 20 and [c.rows for c in opened.shards] == [8, 8, 4] and opened.complete
+    assert opened.header == HEADER
+    for i in (0, 7, 8, 19):
+        got, made = opened.row(i), make_row(i)
+        same_arrays(got, made)
+        assert got.text == made.text and got.trace.to_json() == made.trace.to_json()
+    order = [19, 3, 3, 0, 11]
+    for i, got in zip(order, opened.read(order)):
+        same_arrays(got, make_row(i))
+    assert [t.meta["k"] for t in opened.traces()] == list(range(20))
+    assert [t.meta["k"] for t in opened.traces([5, 2])] == [5, 2]
+    assert opened.read([]) == []
+
+
+def test_index_needs_no_data(store):
+    index = TraceStore.open(store.url).index()
+    made = [make_row(i) for i in range(20)]
+    assert index.lengths.tolist() == [len(r) for r in made] == store.lengths().tolist()
+    assert index.groups == tuple(r.trace.group for r in made)
+    assert index.verdicts.tolist() == [(-1, 1, 0)[i % 3] for i in range(20)]
+    assert index.flags[5] == ("truncated",) and index.flags[6] == ()
+
+
+def test_concurrent_reads(store):
+    made = [make_row(i) for i in range(20)]
+    orders = [np.random.default_rng(s).permutation(20) for s in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        for order, rows in zip(orders, pool.map(store.read, orders)):
+            for i, row in zip(order, rows):
+                same_arrays(row, made[i])
+
+
+def test_pickles_for_worker_processes(store):
+    same_arrays(pickle.loads(pickle.dumps(store)).read([4])[0], make_row(4))
+
+
+def test_outside(store):
+    for bad in (-1, 20):
+        with pytest.raises(IndexError, match=f"no row {bad}"):
+            store.read([0, bad])
+
+
+def test_spans_round_trip_for_interleaved_parts():
+    row = make_row(3, low=200, high=201)
+    planes = encode_tokens(row)
+    names = ["token.0", "token.1", "token.2", "role.0", *(f"step.{i}" for i in range(4)), "part.0", "part.1",
+             *(f"gap.{i}" for i in range(4)), *(f"length.{i}" for i in range(4))]
+    same_arrays(decode_tokens(dict(zip(names, planes)), 200), row)
+
+
+def test_places_that_hold_no_store(tmp_path, store):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        TraceStore.open(tmp_path)
+    with pytest.raises(ValueError, match="already holds a store"):
+        TraceStore.create(store.url, HEADER)
+    other = StoreHeader(tokenizer=HEADER.tokenizer, template="u", extra=HEADER.extra)
+    with pytest.raises(ValueError, match="another template"):
+        TraceStore.open_or_create(store.url, other)
+    assert len(TraceStore.open_or_create(store.url, HEADER)) == 20
+
+
+def test_headers_compare_over_real_ids():
+    padded = StoreHeader(tokenizer={**HEADER.tokenizer, "name": "other", "padded": 152_064}, template="t")
+    assert compatible(HEADER, padded)
+    other = StoreHeader(tokenizer={"name": "llama", "hash": "g", "real": 128_256, "added": {"<s>": 1}}, template="t")
+    with pytest.raises(ValueError, match=r"llama.*151665 against 128256.*id 1: None against '<s>'"):
+        compatible(HEADER, other)
+    with pytest.raises(ValueError, match="template 't' against 'u'"):
+        compatible(HEADER, StoreHeader(tokenizer=HEADER.tokenizer, template="u"))
