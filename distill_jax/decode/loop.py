@@ -4,7 +4,7 @@ B rows, P prompt tokens (right-padded), N new tokens at most, V vocabulary. Rows
 randomness comes from its own seed: another batch around it changes its logits by rounding at most.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from distill_jax.decode.sampling import Sampling, choose, logprob, row_keys
 from distill_jax.sharding import constrain
 
 Array = Any
+
+FIRST_STAGE = 256
 
 
 @jax.tree_util.register_dataclass
@@ -55,9 +57,7 @@ def decode(model: Any, params: Any, prompts: Array, lengths: Array, seeds: Array
     params = compute_params(params, model.dtype)
     keys = row_keys(seeds)
     real = (jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]).astype(jnp.int32)
-    # The last of N tokens is never fed back, so it needs no slot.
-    cache = model.init_cache(rows, width + sampling.max_new_tokens - 1)
-    first = _forward(model, params, prompts, real, cache)
+    first = _forward(model, params, prompts, real, model.init_cache(rows, width))
     ends = jnp.maximum(lengths - 1, 0)[:, None, None]
     hidden = jnp.take_along_axis(first.hidden, ends, axis=1)[:, 0]
     state = _State(step=jnp.int32(0), last=jnp.zeros(rows, jnp.int32), done=lengths == 0, cache=first.cache,
@@ -66,11 +66,28 @@ def decode(model: Any, params: Any, prompts: Array, lengths: Array, seeds: Array
 
     def body(state: _State) -> _State:
         out = _forward(model, params, state.last[:, None], (~state.done).astype(jnp.int32)[:, None], state.cache)
-        state = _State(step=state.step, last=state.last, done=state.done, cache=out.cache, out=state.out)
-        return _take(state, model.head(params).logits(out.hidden[:, 0]), keys, sampling)
+        return _take(replace(state, cache=out.cache), model.head(params).logits(out.hidden[:, 0]), keys, sampling)
 
-    going = lambda state: (state.step < sampling.max_new_tokens) & ~jnp.all(state.done)
-    return jax.lax.while_loop(going, body, state).out
+    for limit in stages(sampling.max_new_tokens):
+        # The token chosen last is not fed back, so it needs no slot.
+        state = replace(state, cache=state.cache.grow(width + limit - 1))
+        going = lambda state, limit=limit: (state.step < limit) & ~jnp.all(state.done)
+        state = jax.lax.while_loop(going, body, state)
+    return state.out
+
+
+def stages(new: int) -> list[int]:
+    """Numbers of tokens after which the cache grows: 256, 1024, 4096, ... and `new`.
+
+    A step reads the whole cache, so short completions should not pay for room that only long ones need; each stage
+    compiles the loop's body once more.
+    """
+    out = [new]
+    limit = FIRST_STAGE
+    while limit < new:
+        out.insert(-1, limit)
+        limit *= 4
+    return out
 
 
 def _forward(model: Any, params: Any, tokens: Array, segment_ids: Array, cache: Any) -> Any:
