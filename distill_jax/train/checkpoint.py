@@ -1,0 +1,141 @@
+"""Checkpoints: written by Orbax in the background, found whole or not at all, restored onto any mesh.
+
+On disk: `<folder>/<step>/{params/<provider>, opt_state, loop, info}`. `params/<provider>` is a plain tree that Orbax alone
+restores (`StandardCheckpointer().restore(path)`); `loop` holds the small arrays of `TrainState`; `info` is JSON.
+Orbax writes a step under a temporary name and renames it when it is complete: a killed save leaves nothing to pick up.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from distill_jax.core import tree
+from distill_jax.train.state import TrainState, shape_of
+
+Tree = Any
+LOOP = ("step", "controllers", "rng", "skipped")
+COMMITTED = "commit_success.txt"  # written by Orbax into a complete step, before its rename and after all its items
+
+
+class Checkpoints:
+    """The checkpoints of one training stage in `folder` (a path or URL), the newest `keep` of them."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True))
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return latest_step(self.folder)
+
+    def save(self, step: int, state: TrainState, info: dict[str, Any]) -> None:
+        """Start writing `state` as checkpoint `step`; the arrays are copied before this returns.
+
+        `info`: JSON values, returned by `restore`. Raises OSError of the previous save (a full disk).
+        """
+        items: dict[str, Any] = {f"params/{name}": ocp.args.StandardSave(p) for name, p in state.params.items()}
+        items["opt_state"] = ocp.args.StandardSave(state.opt_state)
+        items["loop"] = ocp.args.StandardSave({name: getattr(state, name) for name in LOOP})
+        items["info"] = ocp.args.JsonSave(info)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Until everything started is on disk. Raises what the writing raised."""
+        self._manager.wait_until_finished()
+
+    def info(self, step: int) -> dict[str, Any]:
+        return json.loads((self.folder / str(step) / "info" / "metadata").read_text())
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of checkpoint `step` with the shardings of `like` (whatever mesh it was written on).
+
+        Raises ValueError, naming paths and shapes, where the checkpoint is of another model or optimiser.
+        """
+        at = self.folder / str(step)
+        params = {n: restore_item(at / "params" / n, shape_of(p)) for n, p in like.params.items()}
+        opt_state = restore_item(at / "opt_state", shape_of(like.opt_state))
+        loop = restore_item(at / "loop", shape_of({name: getattr(like, name) for name in LOOP}))
+        return dataclasses.replace(like, params=params, opt_state=opt_state, **loop)
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """Step of the newest complete checkpoint in `folder`; safe while a run is writing there. None: there is none."""
+    root = epath.Path(folder)
+    if not root.exists():
+        return None
+    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / COMMITTED).exists()]
+    return max(steps, default=None)
+
+
+def latest_params(folder: str | Path, provider: str = "student", *,
+                  shardings: Callable[[Tree], Tree] | None = None, dtype: Any = None) -> Tree:
+    """Parameters of `provider` in the newest checkpoint of `folder`, read straight onto the devices they belong to.
+
+    shardings  from the tree of ShapeDtypeStructs to a tree of shardings (`sharding.param_shardings` with its mesh);
+               default: everything on the first device
+    dtype      cast on the way in; default: as stored
+    Raises ValueError when there is no complete checkpoint, or no such provider in it.
+    """
+    step = latest_step(folder)
+    if step is None:
+        raise ValueError(f"no complete checkpoint in {folder}; train first, or give another folder")
+    path = epath.Path(folder).absolute() / str(step) / "params" / provider
+    _must_exist(path)
+    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, dtype or m.dtype), _metadata(path))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    placed = shardings(shapes) if shardings else jax.tree.map(lambda _: here, shapes)
+    return restore_item(path, jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed))
+
+
+def restore_item(path: Any, target: Tree) -> Tree:
+    """One item restored as `target` (ShapeDtypeStructs with shardings). Raises ValueError where it does not fit."""
+    path = epath.Path(path)
+    _must_exist(path)
+    _check_fits(path, _metadata(path), target)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def _must_exist(path: Any) -> None:
+    if not path.exists():
+        there = sorted(p.name for p in path.parent.iterdir()) if path.parent.exists() else []
+        raise ValueError(f"no {path.name!r} in {path.parent}; it has {there}")
+
+
+def _metadata(path: Any) -> Tree:
+    """The stored tree with Orbax's description (shape, dtype) of each array."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # items of a step carry no timestamps of their own, and Orbax warns about it
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.metadata(path).item_metadata.tree
+    finally:
+        log.setLevel(level)
+
+
+def _check_fits(path: Any, stored: Tree, target: Tree) -> None:
+    """Raise ValueError, listing at most eight differences, unless both trees have the same paths and shapes."""
+    old = {name: tuple(leaf.shape) for name, leaf in tree.paths(stored)}
+    new = {name: tuple(leaf.shape) for name, leaf in tree.paths(target)}
+    lines = [f"{n}: only in the checkpoint {old[n]}" for n in sorted(old.keys() - new.keys())]
+    lines += [f"{n}: not in the checkpoint, expected {new[n]}" for n in sorted(new.keys() - old.keys())]
+    lines += [f"{n}: {old[n]} in the checkpoint, expected {new[n]}"
+              for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
+    if lines:
+        more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise ValueError(f"{path} is a checkpoint of another model or optimiser:\n  " + "\n  ".join(lines[:8]) + more)
