@@ -1,8 +1,8 @@
 """Checkpoints: written by Orbax in the background, found whole or not at all, restored onto any mesh.
 
-On disk: `<folder>/<step>/{params/<provider>, opt_state, loop, info}`. `params/<provider>` is a plain tree that Orbax alone
-restores (`StandardCheckpointer().restore(path)`); `loop` holds the small arrays of `TrainState`; `info` is JSON.
-Orbax writes a step under a temporary name and renames it when it is complete: a killed save leaves nothing to pick up.
+On disk: `<folder>/<step>/{params/<provider>, opt_state, loop, info}`. `params/<provider>` is a plain tree that Orbax
+alone restores (`StandardCheckpointer().restore(path)`); `loop` holds the small arrays of `TrainState`, `info` JSON.
+Orbax writes a step under a temporary name and renames it when it is complete: a killed save leaves nothing to find.
 """
 
 import dataclasses

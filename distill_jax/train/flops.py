@@ -12,9 +12,10 @@ from distill_jax.models.config import ModelConfig
 Array = Any
 
 PEAKS: dict[str, float] = {
-    "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2250e12,
-    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
-    "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
+    "H100": 989e12, "H200": 989e12, "GH200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12,
+    "GB200": 2250e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "TPU7x": 2307e12,
 }
 """Dense bf16 FLOP/s per chip by a part of `device_kind`, from the makers' data sheets (without sparsity)."""
 

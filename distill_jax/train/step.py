@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distill_jax.core import tree
 from distill_jax.core.batch import Batch, TopK
 from distill_jax.core.head import Head
+from distill_jax.objective.term import Objective, Weights
 from distill_jax.sharding import batch_spec
 from distill_jax.train.flops import Flops
 from distill_jax.train.state import Optimizers, TrainState
@@ -34,27 +35,6 @@ class Model(Protocol):
     def head(self, params: Any) -> Head: ...
 
 
-class Objective(Protocol):
-    """What the step needs of `objective.build_objective(...)`.
-
-    sources  "provider/view" of every hidden state that some term reads
-    weights  {term: f32 [B,T]} role mask x schedule x token weight / count of the whole batch
-    loss     sum over terms and tokens of weight * loss on some rows, and metrics that add up over micro-batches
-    update   controllers after a step, from those metrics
-    """
-
-    @property
-    def sources(self) -> tuple[str, ...]: ...
-
-    def weights(self, batch: Batch, step: Array, controllers: Mapping[str, Tree]) -> dict[str, Array]: ...
-
-    def loss(self, sources: Mapping[str, tuple[Array, Head]], batch: Batch, weights: Mapping[str, Array], step: Array,
-             controllers: Mapping[str, Tree], *, trainable: tuple[str, ...], mesh: Mesh | None,
-             ) -> tuple[Array, Tree]: ...
-
-    def update(self, controllers: Mapping[str, Tree], metrics: Tree, step: Array) -> dict[str, Tree]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """What a step is compiled for.
@@ -63,6 +43,7 @@ class StepConfig:
     micro_batches  M: the rows of a batch are cut into this many parts, run one after another
     mesh           devices; rows are cut over its `data` and `fsdp` axes
     flops          {provider: FLOPs counter} for the MFU; empty: not reported
+    schedules      {provider: learning rate by update}, reported only (the optimiser has its own)
     """
 
     objective: Objective
@@ -71,6 +52,7 @@ class StepConfig:
     micro_batches: int = 1
     mesh: Mesh
     flops: Mapping[str, Flops] = field(default_factory=dict)
+    schedules: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         providers = {s.split("/")[0] for s in self.objective.sources}
@@ -86,16 +68,19 @@ class StepConfig:
 
 
 def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
-    """jitted `step(state, frozen, batch) -> (state, metrics)`. The state is donated; nothing waits for the device.
+    """jitted `step(state, frozen, batch, votes=None) -> (state, metrics)`. The state is donated; nothing waits.
 
     like     a state whose shardings the new state keeps
     frozen   {provider: params} of the providers that are not trained
-    metrics  "loss", "grad_norm", "ok" (False: not finite, nothing was changed), "terms" (the objective's sums), and
-             what `batch_metrics` counts; replicated, still on the device
+    votes    int32 [devices]: what each process wants (`votes.Votes`); the largest comes back as metric "vote"
+    metrics  "loss", "grad_norm", "ok" (False: not finite, nothing was changed), "lr" {provider: rate}, "terms" (the
+             objective's sums), and what `batch_metrics` counts; replicated, still on the device
     """
-    gradient = make_gradient(config)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    gradient = make_gradient(config, shardings.params)
 
-    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Params, batch: Batch, votes: Array | None = None,
+             ) -> tuple[TrainState, Metrics]:
         grads, metrics = gradient(state.params, frozen, batch, state.step, state.controllers)
         norm = tree.global_norm(grads)
         ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -109,55 +94,55 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
             step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state),
             controllers=keep(controllers, state.controllers), rng=state.rng,
             skipped=state.skipped + jnp.where(ok, 0, 1))
-        return new, metrics | {"grad_norm": norm, "ok": ok}
+        metrics |= {"grad_norm": norm, "ok": ok,
+                    "lr": {name: rate(state.step - state.skipped) for name, rate in config.schedules.items()}}
+        return new, metrics if votes is None else metrics | {"vote": jnp.max(votes)}
 
-    shardings = jax.tree.map(lambda x: x.sharding, like)
     everywhere = NamedSharding(config.mesh, PartitionSpec())
     return _under(config.mesh, jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)))
 
 
 def make_evaluation(config: StepConfig) -> Callable[..., Tree]:
-    """jitted `evaluate(params, frozen, batch, step, controllers) -> sums of the objective` on one batch, no update."""
+    """jitted `evaluate(params, frozen, batch, step, controllers) -> {term: RoleSums}` of one batch, no update."""
 
     def evaluate(params: Params, frozen: Params, batch: Batch, step: Array, controllers: Mapping[str, Tree]) -> Tree:
         weights = config.objective.weights(batch, step, controllers)
         sources = _sources(config, {**frozen, **params}, batch)
-        return config.objective.loss(sources, batch, weights, step, controllers, trainable=(),
-                                     mesh=config.lift_mesh)[1]
+        return config.objective.loss(sources, batch, weights, config.objective.dynamic(step, controllers),
+                                     trainable=(), mesh=config.lift_mesh)[1]
 
     return _under(config.mesh, jax.jit(evaluate, out_shardings=NamedSharding(config.mesh, PartitionSpec())))
 
 
-def make_gradient(config: StepConfig) -> Callable[..., tuple[dict[str, Tree], Metrics]]:
+def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., tuple[dict[str, Tree], Metrics]]:
     """`gradient(params, frozen, batch, step, controllers) -> (grads {provider: tree}, metrics)` of a global batch.
 
+    shardings  of the trained parameters: gradients are kept like them, so that sums are as small as the parameters
     Gradients have the parameters' dtype (float32 masters): models cast to their compute dtype inside, and the sum
     over micro-batches is in full precision.
     """
     objective, trained = config.objective, tuple(config.optimizers)
 
-    def part(params: Params, frozen: Params, batch: Batch, weights: Mapping[str, Array], step: Array,
-             controllers: Mapping[str, Tree]) -> tuple[dict[str, Tree], tuple[Array, Tree]]:
-        def loss(params: Params) -> tuple[Array, Tree]:
-            sources = _sources(config, {**frozen, **params}, batch)
-            trainable = tuple(s for s in sources if s.split("/")[0] in trained)
-            return objective.loss(sources, batch, weights, step, controllers, trainable=trainable,
-                                  mesh=config.lift_mesh)
-
-        (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
-        return grads, (value, terms)
-
     def gradient(params: Params, frozen: Params, batch: Batch, step: Array, controllers: Mapping[str, Tree],
                  ) -> tuple[dict[str, Tree], Metrics]:
-        weights = objective.weights(batch, step, controllers)
-        one = lambda cut: part(params, frozen, cut[0], cut[1], step, controllers)
+        weights, dynamic = objective.weights(batch, step, controllers), objective.dynamic(step, controllers)
+
+        def part(rows: Batch, of_rows: Weights) -> tuple[dict[str, Tree], tuple[Array, Tree]]:
+            def loss(params: Params) -> tuple[Array, Tree]:
+                sources = _sources(config, {**frozen, **params}, rows)
+                trainable = tuple(s for s in sources if s.split("/")[0] in trained)
+                return objective.loss(sources, rows, of_rows, dynamic, trainable=trainable, mesh=config.lift_mesh)
+
+            aux, grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
+            return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings), aux
+
         if config.micro_batches == 1:
-            grads, (loss, terms) = one((batch, weights))
+            grads, (loss, terms) = part(batch, weights)
         else:
             cuts = split((batch, weights), config.micro_batches, config.mesh)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(
-                one, jax.tree.map(lambda x: x[0], cuts)))
-            add = lambda total, cut: (jax.tree.map(jnp.add, total, one(cut)), None)
+            shapes = jax.eval_shape(lambda c: part(*jax.tree.map(lambda x: x[0], c)), cuts)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            add = lambda total, cut: (jax.tree.map(jnp.add, total, part(*cut)), None)
             (grads, (loss, terms)), _ = jax.lax.scan(add, zeros, cuts)
         return grads, {"loss": loss, "terms": terms, **batch_metrics(config, batch, weights)}
 
@@ -194,12 +179,12 @@ def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:
     return jax.tree.map(one, batch)
 
 
-def batch_metrics(config: StepConfig, batch: Batch, weights: Mapping[str, Array]) -> Metrics:
-    """Counts over the global batch: "tokens" (no padding), "supervised", "flops", "retained" {signal: (sum, count)}."""
+def batch_metrics(config: StepConfig, batch: Batch, weights: Weights) -> Metrics:
+    """Counts of a global batch: "tokens" (no padding), "supervised", "flops", "retained" {signal: (sum, count)}."""
     shape = batch.main.tokens.shape
     predicted = jnp.zeros(shape, bool)
-    for w in weights.values():  # terms on other views have weights of other shapes
-        predicted = predicted | (w != 0) if w.shape == shape else predicted
+    for mask in weights.masks.values():  # terms on other views have masks of other shapes
+        predicted = predicted | (mask != 0) if mask.shape == shape else predicted
     out: Metrics = {"tokens": jnp.sum(batch.main.segment_ids != 0), "supervised": jnp.sum(predicted)}
     if config.flops:
         views = {s.split("/")[0]: batch.views[s.split("/")[1]] for s in config.objective.sources}

@@ -1,0 +1,206 @@
+"""The training loop of one stage: resume, step, report, save, stop.
+
+The host runs at most AHEAD steps in front of the device and never waits for the step it just started: numbers are
+read when they have long been there. A run that is killed anywhere and started again ends with the same bits.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distill_jax.core import tree
+from distill_jax.core.batch import Batch
+from distill_jax.train.checkpoint import Checkpoints
+from distill_jax.train.feed import BatchSource, Feed, Serve, serve_plain
+from distill_jax.train.metrics import Reporter
+from distill_jax.train.state import TrainState
+from distill_jax.train.step import Metrics, StepConfig, make_step
+from distill_jax.train.votes import SAVE, STOP, Votes
+from distill_jax.train.window import Window
+
+Tree = Any
+AHEAD = 2
+"""Steps the host may be in front of the device: enough to keep it busy, few enough to stop and save promptly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how long a stage trains.
+
+    folder        of the stage; gets checkpoints/ and metrics/
+    steps         updates in all
+    save_every    updates between checkpoints; 0: only at the end. `save_minutes`: also after so much time
+    max_skipped   stop when so many steps in a row were not finite
+    identity      hash of what must not change between start and resume (the recipe)
+    """
+
+    folder: Path
+    steps: int
+    name: str = "train"
+    log_every: int = 20
+    save_every: int = 500
+    save_minutes: float | None = None
+    keep: int = 2
+    max_skipped: int = 10
+    identity: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """`fn(params {provider: tree}, step) -> numbers`, called every so many updates (0: only at the end)."""
+
+    fn: Callable[[Mapping[str, Tree], int], Mapping[str, float]]
+    every: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """state: after `step` updates, saved. stopped: name of the signal that ended it early, or ""."""
+
+    state: TrainState
+    step: int
+    stopped: str = ""
+
+
+def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
+        frozen: Mapping[str, Tree] | None = None, evaluations: Mapping[str, Evaluation] | None = None,
+        check: Callable[[Batch], None] | None = None, serve: Serve = serve_plain) -> Fitted:
+    """Train until `run.steps` updates are done or a signal asks to stop; either way the state is saved.
+
+    state        of step 0 (`create_state`); replaced by the newest checkpoint of `run.folder` where there is one
+    frozen       {provider: params} that are not trained
+    check        called with the first global batch (NumPy) of a fresh run, may raise (empty supervised mask)
+    Raises ValueError for a checkpoint of another model or recipe, and when too many steps in a row are not finite.
+    """
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
+    reporter = Reporter(run.folder / "metrics", total=run.steps, name=run.name, terms=tuple(config.objective.terms),
+                        writes=jax.process_index() == 0)
+    try:
+        state, start = _resume(checkpoints, state, run)
+        if start >= run.steps:
+            return Fitted(state=state, step=start)
+        if check is not None and start == 0:
+            check(source.batch(0))
+        reporter.start(start)
+        if start:
+            reporter.say(f"resumed at update {start} of {run.steps}")
+        votes = Votes(config.mesh)
+        with votes.listening():
+            loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}))
+            return loop.train(state, dict(frozen or {}), Feed(source, config.mesh, start, serve), start)
+    finally:
+        reporter.close()
+        checkpoints.close()
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState, run: Run) -> tuple[TrainState, int]:
+    """The newest checkpoint's state and step, or the given state and 0."""
+    step = checkpoints.latest
+    if step is None:
+        return state, 0
+    before = checkpoints.info(step)["identity"]
+    if before != run.identity:
+        raise ValueError(f"{checkpoints.folder} was written by another recipe ({before} instead of {run.identity}); "
+                         "resume with the old recipe, or train into another folder")
+    return checkpoints.restore(step, state), step
+
+
+@dataclass
+class _Loop:
+    """One call of `fit`: what stays the same over its steps."""
+
+    config: StepConfig
+    run: Run
+    source: BatchSource
+    checkpoints: Checkpoints
+    reporter: Reporter
+    votes: Votes
+    evaluations: dict[str, Evaluation]
+    bad_in_a_row: int = 0
+
+    def train(self, state: TrainState, frozen: Mapping[str, Tree], feed: Feed, start: int) -> Fitted:
+        run, votes = self.run, self.votes
+        step_fn = make_step(self.config, state)
+        window = Window(device=self.config.mesh.devices.flat[0], count=self.config.mesh.size)
+        pending: deque[tuple[int, Metrics]] = deque()
+        batch, done, saved_at, saved_time = next(feed), start, start, time.monotonic()
+        began = saved_time
+        while done < run.steps:
+            state, metrics = step_fn(state, frozen, batch, votes.ballot())
+            pending.append((done, metrics))
+            done += 1
+            if done == start + 1:
+                jax.block_until_ready(metrics["loss"])
+                self.reporter.say(f"compiled and ran the first update in {time.monotonic() - began:.1f} s")
+                self.reporter.restart_clock(done)
+                window.restart_clock()
+            if done < run.steps:
+                batch = next(feed)  # made and put while the step runs
+            decision = votes.decision(pending[0][1]) if len(pending) > AHEAD or not votes.shared else 0
+            while len(pending) > (AHEAD if done < run.steps else 0):
+                self._settle(window, *pending.popleft())
+            if jax.process_index() == 0 and time.monotonic() - saved_time > 60 * (run.save_minutes or math.inf):
+                votes.want(SAVE)
+            due = bool(run.save_every) and done % run.save_every == 0
+            asked = decision == STOP or (decision == SAVE and done - saved_at > AHEAD)
+            if due or asked or done == run.steps:
+                self._save(done, state)
+                votes.saved()
+                saved_at, saved_time = done, time.monotonic()
+            self._evaluate(done, state, window)
+            if decision == STOP and done < run.steps:
+                return self._stop(done, state)
+        self.checkpoints.wait()
+        return Fitted(state=state, step=done)
+
+    def _settle(self, window: Window, step: int, metrics: Metrics) -> None:
+        """Take in the metrics of step `step`; report and look for bad steps when a window is full."""
+        window.add(metrics)
+        if (step + 1) % self.run.log_every and step + 1 < self.run.steps:
+            return
+        first = step + 1 - len(window)
+        values, ok = window.close()
+        self.reporter.report(step + 1, values)
+        for number, fine in enumerate(ok, start=first):
+            self.bad_in_a_row = 0 if fine else self.bad_in_a_row + 1
+            if not fine:
+                self.reporter.say(f"update {number}: loss or gradient not finite, skipped")
+            if self.bad_in_a_row >= self.run.max_skipped:
+                raise ValueError(self._not_finite(number))
+
+    def _not_finite(self, step: int) -> str:
+        """Write the batch of `step` to disk; -> what to tell the user."""
+        path = self.run.folder / f"bad_batch_{step}.npz"
+        if jax.process_index() == 0:
+            arrays = {name: np.asarray(x) for name, x in tree.paths(self.source.batch(step))}
+            np.savez_compressed(path, **arrays)
+        return (f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not finite, the last at update "
+                f"{step}; its batch is in {path}. Parameters are those before the first of them. Lower the peak "
+                "learning rate, or look at the batch (distill-jax batch), then start again")
+
+    def _save(self, done: int, state: TrainState) -> None:
+        self.checkpoints.save(done, state, {"identity": self.run.identity, "data_step": done})
+
+    def _evaluate(self, done: int, state: TrainState, window: Window) -> None:
+        last = done == self.run.steps
+        due = {n: e for n, e in self.evaluations.items() if last or (e.every and done % e.every == 0)}
+        if not due:
+            return
+        began = time.perf_counter()
+        values = {f"{name}/{key}": float(v) for name, e in due.items() for key, v in e.fn(state.params, done).items()}
+        self.reporter.write(done, values)
+        self.reporter.say("  ".join(f"{name} {v:.4g}" for name, v in values.items()))
+        window.pause(time.perf_counter() - began)
+
+    def _stop(self, done: int, state: TrainState) -> Fitted:
+        self.checkpoints.wait()
+        why = self.votes.signal or "a signal to another process"
+        self.reporter.say(f"{why}: saved after update {done} of {self.run.steps}; the same command resumes")
+        return Fitted(state=state, step=done, stopped=why)
