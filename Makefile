@@ -18,9 +18,8 @@ test: venv      ## linters, types and the test suite
 	$(PY) -m pyright
 	$(PY) -m pytest -n $(JOBS)
 
-parity: venv    ## comparisons against transformers + torch
-	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check \
-	  torch==2.13.0
+parity:         ## comparisons against transformers + torch
+	@launch/venv.sh dev parity
 	$(PY) -m pytest -m parity
 
 nightly: test parity  ## the slow tests, the long fault campaign, and the quickstart on seeds 1 and 2
