@@ -1,0 +1,196 @@
+"""What a recipe will need before it is launched: bytes, memory per device by category, FLOPs and time.
+
+Formulas, not measurements: parameters, optimiser and gradients are exact; activations and temporaries are what the
+step keeps by its remat policy, counted from the shapes (the compiler may do better or worse by some tens of percent).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill_jax.data.sources import Mix, Store
+from distill_jax.jobs.hardware import Device
+from distill_jax.models import families
+from distill_jax.models.config import ModelConfig
+from distill_jax.recipe import Recipe, Stage, Student, resolve
+
+SIGNAL_BYTES = {"token": 1.0}  # per token; topk: see `_signal_bytes`
+CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """Of one training stage. Bytes are per device, FLOPs per update step over all devices."""
+
+    name: str
+    tokens_per_step: int
+    steps: int
+    params: dict[str, int]
+    memory: dict[str, float]
+    flops: float
+    seconds: float
+    context: tuple[int, int]
+    store_bytes: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def total_memory(self) -> float:
+        return sum(self.memory.values())
+
+
+def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
+    """The configuration a provider will have, without loading weights. `stage:NAME` follows to that stage's student."""
+    if provider.config is not None:
+        return provider.config
+    assert provider.model is not None
+    if provider.model.startswith("stage:"):
+        name = provider.model.removeprefix("stage:")
+        for stage in recipe.stages:
+            if stage.name == name and isinstance(stage, Stage):
+                trained = next(p for p in stage.providers.values() if p.trainable)
+                return model_config(recipe, trained)
+    folder = Path(resolve(recipe, provider.model))
+    for candidate in (folder / "config.json", folder / "model" / "config.json"):
+        if candidate.is_file():
+            return families.from_hf(json.loads(candidate.read_text()))
+    raise ValueError(f"cannot plan with model {provider.model!r}: no config.json in {folder} or {folder}/model; "
+                     "download it first (hub ids), or run the stage it comes from")
+
+
+def _sources(source: Store | Mix) -> list[Store]:
+    return [source] if isinstance(source, Store) else [s for part in source.sources for s in _sources(part)]
+
+
+def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:
+    """Memory, FLOPs and time of a training stage on `devices` devices of one kind."""
+    configs = {name: model_config(recipe, p) for name, p in stage.providers.items()}
+    source = _sources(stage.source)[0]
+    rows, length = source.rows, source.seq_len
+    tokens = rows * length
+    shards, row_shards = _mesh_factors(recipe, devices)
+    flops, memory = 0.0, dict.fromkeys(("parameters", "optimiser", "gradients", "activations", "loss", "batch"), 0.0)
+    for name, provider in stage.providers.items():
+        c = configs[name]
+        n = c.num_params / shards
+        compute = 2 if provider.precision == "bfloat16" else 4
+        flops += (3 if provider.trainable else 1) * tokens * c.flops_per_token(length)
+        memory["parameters"] += n * (4 if provider.trainable else compute)
+        if provider.trainable:
+            memory["optimiser"] += 8 * n
+            memory["gradients"] += 4 * n + (compute * n if compute == 2 else 0)
+        local = tokens / row_shards / stage.micro_batches
+        memory["activations"] += local * _activation_bytes(c, provider, compute)
+        head_grad = 4 * c.vocab_size * c.hidden_size if provider.trainable else 0
+        memory["loss"] += CHUNK_TOKENS * c.vocab_size * 4 * 3 + head_grad
+        memory["loss"] += local * c.hidden_size * compute * 2
+    memory["batch"] = tokens / row_shards * (7 * 4 + sum(_signal_bytes(s) for s in source.signals) * 4)
+    student = next(configs[n] for n, p in stage.providers.items() if p.trainable)
+    return StagePlan(
+        name=stage.name, tokens_per_step=tokens, steps=stage.steps, memory=memory, flops=flops,
+        params={n: c.num_params for n, c in configs.items()},
+        seconds=stage.steps * flops / (device.flops * device.mfu * devices),
+        context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
+        notes=_notes(configs, length))
+
+
+def _mesh_factors(recipe: Recipe, devices: int) -> tuple[int, int]:
+    """(devices the parameters are split over, devices the rows are split over)."""
+    sizes = {"data": recipe.mesh.data, "fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
+    known = 1
+    for v in sizes.values():
+        known *= max(v, 1)
+    sizes = {k: (max(1, devices // known) if v == -1 else v) for k, v in sizes.items()}
+    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    if product != devices:
+        raise ValueError(f"mesh {sizes} has {product} devices, --on has {devices}; change mesh.* or the count")
+    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"]
+
+
+def _activation_bytes(c: ModelConfig, provider: Student, compute: int) -> float:
+    """Kept per token for the backward pass: by remat policy, plus the working set of one layer."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layer = 4 * c.hidden_size + 2 * q + 2 * kv + 3 * c.mlp_size
+    if not provider.trainable:
+        return layer * compute
+    kept = {"none": layer + 2 * c.hidden_size, "dots": c.hidden_size + 2 * q + 2 * kv + 2 * c.mlp_size,
+            "full": c.hidden_size}[provider.remat]
+    return compute * (kept * c.num_layers + layer)
+
+
+def _signal_bytes(name: str) -> float:
+    digits = "".join(ch for ch in name if ch.isdigit())
+    return 2.0 * int(digits) if digits else SIGNAL_BYTES["token"]
+
+
+def _store_bytes(recipe: Recipe, stage: Stage) -> float | None:
+    total = 0.0
+    for s in _sources(stage.source):
+        folder = Path(resolve(recipe, s.path))
+        if not folder.is_dir():
+            return None
+        total += sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    return total
+
+
+def _notes(configs: Mapping[str, ModelConfig], length: int) -> tuple[str, ...]:
+    out = [f"{n}: rows of {length} tokens exceed the model's context of {c.context_length}"
+           for n, c in configs.items() if length > c.context_length]
+    sizes = {c.vocab_size for c in configs.values()}
+    if len(sizes) > 1:
+        out.append(f"heads of different sizes {sorted(sizes)}: ids beyond the real ones are masked")
+    return tuple(out)
+
+
+def plan_recipe(recipe: Recipe, device: Device, devices: int) -> list[StagePlan]:
+    """Plans of all training stages. Raises ValueError where a context does not fit its model."""
+    plans = [plan_stage(recipe, s, device, devices) for s in recipe.stages if isinstance(s, Stage)]
+    long = [f"stage {p.name}: {n}" for p in plans for n in p.notes if "exceed" in n]
+    if long:
+        raise ValueError("; ".join(long) + "; shorten source.seq_len or use a model with a longer context")
+    return plans
+
+
+def fits(plan: StagePlan, device: Device) -> bool:
+    """Whether the memory suffices, leaving 8% to the runtime and fragmentation."""
+    return plan.total_memory < 0.92 * device.memory
+
+
+def table(plans: list[StagePlan], device: Device, name: str, devices: int) -> Any:
+    """Rich table of the plans."""
+    from rich.table import Table
+
+    t = Table(title=f"{devices} x {name} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.0f} TFLOP/s peak, "
+              f"{device.mfu:.0%} MFU assumed)")
+    for column in ("", *(p.name for p in plans)):
+        t.add_column(column, justify="left" if not column else "right")
+    rows: list[tuple[str, list[str]]] = [
+        ("parameters", [", ".join(f"{k} {_si(v)}" for k, v in p.params.items()) for p in plans]),
+        ("tokens a step", [_si(p.tokens_per_step) for p in plans]),
+        ("context / model's", ["{} / {}".format(*p.context) for p in plans]),
+        ("FLOPs a step", [_si(p.flops) for p in plans]),
+        ("FLOPs in all", [_si(p.flops * p.steps) for p in plans]),
+        ("time", [_duration(p.seconds) for p in plans]),
+        ("store", ["not made yet" if p.store_bytes is None else _si(p.store_bytes) + "B" for p in plans]),
+    ]
+    rows += [(f"memory: {k}", [_si(p.memory[k]) + "B" for p in plans]) for k in plans[0].memory]
+    rows.append(("memory: total", [_si(p.total_memory) + "B " + ("fits" if fits(p, device) else "DOES NOT FIT")
+                                   for p in plans]))
+    for label, cells in rows:
+        t.add_row(label, *cells)
+    return t
+
+
+def _si(x: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= size:
+            return f"{x / size:.3g} {unit}"
+    return f"{x:.3g} "
+
+
+def _duration(s: float) -> str:
+    for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 2e5)):
+        if s < limit:
+            return f"{s / size:.3g} {unit}"
+    return f"{s / 86400:.3g} d"

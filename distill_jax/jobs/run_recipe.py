@@ -1,0 +1,107 @@
+"""Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, resolve, write_or_compare
+
+Echo = Callable[[str], None]
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a stage may know: its recipe, where it writes, how it speaks, and how to find other stages' output."""
+
+    recipe: Recipe
+    folder: Path
+    say: Echo = field(default=say)
+
+    def resolve(self, reference: str) -> str:
+        return resolve(self.recipe, reference)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+
+class Stopped(Exception):
+    """A stage was asked to stop (SIGTERM, Ctrl-C) and has saved what it had."""
+
+
+def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
+    """Run every stage that is not done. Returns False when a stage was stopped and will continue at the next start."""
+    write_or_compare(recipe)
+    (recipe.folder / "run.json").write_text(json.dumps({"final": _final(recipe)}))
+    for stage in recipe.stages:
+        folder = recipe.stage_folder(stage.name)
+        marker = folder / "done.json"
+        if marker.is_file():
+            echo(f"[{stage.name}] done in {json.loads(marker.read_text())['seconds']:.0f} s, kept")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        echo(f"[{stage.name}] start")
+        with Stopwatch(folder / "time.json") as watch:
+            try:
+                result = _run(stage, RunContext(recipe=recipe, folder=folder, say=echo))
+            except Stopped as stop:
+                echo(f"[{stage.name}] stopped: {stop}")
+                return False
+        _write_json(marker, {"seconds": watch.total, "result": result})
+        echo(f"[{stage.name}] done in {watch.total:.0f} s")
+    return True
+
+
+def _run(stage: AnyStage, context: RunContext) -> Any:
+    if isinstance(stage, Stage):
+        from distill_jax.jobs.train import train_stage
+
+        return train_stage(stage, context)
+    if isinstance(stage, Generate):
+        from distill_jax.jobs.generate import generate_stage
+
+        return generate_stage(stage, context)
+    if isinstance(stage, Score):
+        from distill_jax.jobs.score import score_store
+
+        return score_store(context.resolve(stage.store), teacher=context.resolve(stage.teacher), signal=stage.signal)
+    assert isinstance(stage, Call)
+    return stage.fn(context, **{k: context.resolve(v) if isinstance(v, str) else v for k, v in stage.kwargs.items()})
+
+
+def _final(recipe: Recipe) -> str:
+    """Name of the last training stage: the model that `load(runs/<name>)` means."""
+    trained = [s.name for s in recipe.stages if isinstance(s, Stage)]
+    return trained[-1] if trained and len(recipe.stages) > 1 else ""
+
+
+class Stopwatch:
+    """Seconds spent in a stage over all starts, kept in a file; a killed start counts up to its last `lap`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self.start = time.monotonic()
+        return self
+
+    @property
+    def total(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def __exit__(self, *_: object) -> None:
+        _write_json(self.path, {"seconds": self.total})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(value, indent=1))
+    tmp.replace(path)

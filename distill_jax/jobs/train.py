@@ -1,0 +1,185 @@
+"""A training stage of a recipe: open providers, source and objective, hand them to `train.loop.fit`."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from distill_jax import loading
+from distill_jax.core import spec
+from distill_jax.data.sources import Mix, Store, check_supervised, open_source, serve
+from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.jobs.run_recipe import RunContext, Stopped
+from distill_jax.losses.rows.cross_entropy import cross_entropy
+from distill_jax.models import families
+from distill_jax.models.transformer import Transformer
+from distill_jax.objective.reduce import means
+from distill_jax.objective.term import Term, build_objective
+from distill_jax.recipe import Stage, Student
+from distill_jax.sharding.mesh import batch_spec, make_mesh
+from distill_jax.sharding.rules import param_shardings
+from distill_jax.train.feed import place
+from distill_jax.train.flops import Flops
+from distill_jax.train.loop import Evaluation, Run, fit
+from distill_jax.train.state import create_state
+from distill_jax.train.step import StepConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """An opened provider: its model, parameters on the mesh, and tokenizer."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+    spec: Student
+
+
+def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider:
+    """Load or initialise a provider on the mesh. Raises ValueError where the tokenizer has more ids than the head."""
+    dtype = jnp.dtype(student.precision)
+    where = context.resolve(student.model) if student.model else ""
+    tokenizer = load_tokenizer(context.resolve(student.tokenizer) if student.tokenizer else where)
+    if student.config is not None:
+        config = dataclasses.replace(student.config, real_vocab=min(tokenizer.real, student.config.vocab_size))
+        model = Transformer(config)
+        params = init_params(model, mesh, student.init_seed + context.seed)
+    else:
+        kept = jnp.float32 if student.trainable else dtype
+        model, params = loading.load(where, mesh=mesh, dtype=kept)
+        config = dataclasses.replace(model.config, real_vocab=min(tokenizer.real, model.config.vocab_size))
+    if tokenizer.real > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.real} ids, the model's head only {config.vocab_size}: "
+                         f"give the tokenizer that belongs to {where or 'the configuration'}")
+    model = Transformer(config, dtype=dtype, remat=student.remat, attention=student.attention)
+    return Provider(model=model, params=params, tokenizer=tokenizer, spec=student)
+
+
+def init_params(model: Transformer, mesh: Mesh, seed: int) -> Any:
+    """Random float32 parameters, created where they live on the mesh."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    make = lambda rng: model.init(rng, tokens)["params"]
+    shapes = jax.eval_shape(make, jax.random.key(0))
+    return jax.jit(make, out_shardings=param_shardings(mesh, shapes))(jax.random.key(seed))
+
+
+def resolved(source: Store | Mix, context: RunContext) -> Store | Mix:
+    """The source with `stage:NAME` paths replaced by folders."""
+    if isinstance(source, Mix):
+        return dataclasses.replace(source, sources=tuple(resolved(s, context) for s in source.sources))
+    return dataclasses.replace(source, path=context.resolve(source.path))
+
+
+def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
+    """Run one training stage to its end. Raises `Stopped` after SIGTERM or Ctrl-C, with everything saved."""
+    shape = context.recipe.mesh
+    mesh = make_mesh(data=shape.data, fsdp=shape.fsdp, tensor=shape.tensor)
+    providers = {n: open_provider(p, context, mesh) for n, p in stage.providers.items()}
+    student = next(p for p in providers.values() if p.spec.trainable)
+    source = open_source(resolved(stage.source, context), student.tokenizer, seed=context.seed)
+    if source.seq_len > student.model.config.context_length:
+        raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
+                         f"{student.model.config.context_length}; lower source.seq_len")
+    objective = build_objective(stage.terms)
+    if missing := sorted(set(objective.signals) - set(source.signals)):
+        raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
+                         "source.signals after `distill-jax score`")
+    write_model_files(context.folder / "model", student)
+    trained = {n: p for n, p in providers.items() if p.spec.trainable}
+    frozen = {n: p for n, p in providers.items() if not p.spec.trainable}
+    optimizers = {n: stage.optim.build(stage.steps) for n in trained}
+    flops = {n: Flops.of(p.model.config, trained=n in trained) for n, p in providers.items()}
+    config = StepConfig(objective=objective, models={n: p.model for n, p in providers.items()}, mesh=mesh,
+                        optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
+                        schedules={n: stage.optim.schedule(stage.steps) for n in trained})
+    state = create_state({n: p.params for n, p in trained.items()}, optimizers, mesh=mesh, seed=context.seed,
+                         controllers=objective.init())
+    run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
+              save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
+    frozen_params = {n: p.params for n, p in frozen.items()}
+    evaluations = {}
+    if stage.heldout:
+        heldout = Heldout(stage, context, providers, frozen_params, mesh)
+        evaluations["heldout"] = Evaluation(fn=heldout)
+    with jax.set_mesh(mesh):
+        fitted = fit(config, state, source, run, frozen=frozen_params, evaluations=evaluations,
+                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve)
+    if fitted.stopped:
+        raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
+    result = {"steps": stage.steps, "flops": total_flops(source, flops, stage.steps),
+              "skipped": int(fitted.state.skipped),
+              "params": {n: p.model.config.num_params for n, p in providers.items()}}
+    return result | ({"heldout": heldout.values} if stage.heldout else {})
+
+
+def identity(stage: Stage) -> str:
+    """Hash of what must not change between the start of a stage and its continuation."""
+    return hashlib.blake2b(spec.dump(stage).encode(), digest_size=8).hexdigest()
+
+
+def write_model_files(folder: Path, student: Provider) -> None:
+    """`config.json` and the tokenizer beside the checkpoints, in the Hugging Face layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(families.to_hf(student.model.config), indent=2) + "\n")
+    student.tokenizer.save(folder)
+
+
+def total_flops(source: Any, flops: Mapping[str, Flops], steps: int, sample: int = 16) -> float:
+    """Model FLOPs of the whole stage: the mean over the first batches, times the number of updates."""
+    def one(i: int) -> float:
+        stream = source.batch(i).main
+        return sum(float(f.count(stream, stream.weights > 0)) for f in flops.values())
+
+    n = min(sample, steps)
+    return sum(one(i) for i in range(n)) / n * steps
+
+
+class Heldout:
+    """Means of every term and of plain cross-entropy over the held-out split, as a callback of the loop."""
+
+    def __init__(self, stage: Stage, context: RunContext, providers: Mapping[str, Provider],
+                 frozen: Mapping[str, Any], mesh: Mesh) -> None:
+        if not isinstance(stage.source, Store):
+            raise ValueError("heldout needs a single Store as source, got a Mix")
+        where = dataclasses.replace(resolved(stage.source, context), split="heldout")
+        tokenizer = next(p for p in providers.values() if p.spec.trainable).tokenizer
+        self.source = open_source(where, tokenizer, seed=context.seed)
+        self.batches = -(-stage.heldout // where.rows)
+        self.frozen, self.mesh, self.step = frozen, mesh, jnp.int32(stage.steps)
+        self.objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)})
+        self.models = {n: p.model for n, p in providers.items()}
+        self.values: dict[str, float] = {}
+        self._sums = jax.jit(self._batch_sums)
+
+    def _batch_sums(self, params: Any, batch: Any) -> Any:
+        objective, sources = self.objective, {}
+        controllers = objective.init()
+        weights = objective.weights(batch, self.step, controllers)
+        for name in objective.sources:
+            provider, view = name.split("/")
+            model, stream = self.models[provider], batch.views[view]
+            out = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
+                              method="hidden")
+            sources[name] = (out.hidden, model.head(params[provider]))
+        mesh = self.mesh if self.mesh.size > 1 else None
+        return objective.loss(sources, batch, weights, objective.dynamic(self.step, controllers), trainable=(),
+                              mesh=mesh)[1]
+
+    def __call__(self, params: Mapping[str, Any], step: int) -> Mapping[str, float]:
+        total = None
+        rows = NamedSharding(self.mesh, batch_spec())
+        for i in range(self.batches):
+            batch = place(self.source.batch(i), rows)
+            got = jax.device_get(self._sums({**self.frozen, **params}, batch))
+            total = got if total is None else jax.tree.map(np.add, total, got)
+        assert total is not None
+        self.values = {name: float(v) for name, v in means(total).items() if "/" not in name or float(v)}
+        return self.values

@@ -1,0 +1,262 @@
+"""`Recipe`: a list of stages. A method of a paper is one of these, not a fork of the trainer.
+
+A stage with a model to train is a `Stage`; the other stages (`Generate`, `Score`, ...) make what the next one reads.
+A stage refers to an earlier one as `stage:NAME`: a model after a training stage, a store after a data stage.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from distill_jax.core import spec
+from distill_jax.data.sources import Mix, Store
+from distill_jax.decode.sampling import Sampling
+from distill_jax.models.config import ModelConfig
+from distill_jax.objective.term import Term
+from distill_jax.train.optim import AdamW
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A trained model. Give `model` (run, HF directory, hub id, URL or `stage:NAME`) or `config` for random weights.
+
+    tokenizer   where the tokenizer comes from; default: with the model
+    trainable   False keeps it fixed (a frozen teacher); see `Frozen`
+    precision   dtype of the computation; parameters of trained models are float32 masters
+    remat       "none", "dots" (keep matmul results) or "full" (recompute each layer)
+    attention   "auto" or the name of one implementation (`models.attention`)
+    """
+
+    model: str | None = None
+    config: ModelConfig | None = None
+    tokenizer: str | None = None
+    trainable: bool = True
+    precision: Precision = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: str = "auto"
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("a provider needs exactly one of model= (trained weights) and config= (random weights)")
+
+    def with_string(self, model: str) -> "Student":
+        """`--set student=MODEL`: the same provider starting from other weights."""
+        return dataclasses.replace(self, model=model, config=None)
+
+
+def Frozen(model: str, **kwargs: Any) -> Student:
+    """A teacher on the mesh: like `Student`, never trained."""
+    return Student(model=model, trainable=False, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices along each axis; -1 takes what is left. The product must be the number of devices."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """When checkpoints are written: every `steps` updates (0: only at the end), keeping the newest `keep`."""
+
+    steps: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Training: batches of `source` through `providers`, the sum of `terms`, `optim` for `steps` updates.
+
+    micro_batches  gradient accumulation; does not change the gradient
+    heldout        rows of the source's held-out split on which the loss is reported at the end (0: none)
+    """
+
+    name: str = "train"
+    source: Store | Mix
+    providers: Mapping[str, Student]
+    terms: Mapping[str, Term]
+    optim: AdamW = AdamW()
+    steps: int = 1000
+    micro_batches: int = 1
+    saving: Saving = Saving()
+    log_every: int = 20
+    heldout: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not any(p.trainable for p in self.providers.values()):
+            raise ValueError(f"stage {self.name!r} trains nothing: no provider has trainable=True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """The teacher answers the questions of `questions` (a store); verified traces go into a new store."""
+
+    name: str = "generate"
+    teacher: str
+    questions: str
+    n: int = 1
+    sampling: Sampling = Sampling()
+    keep: Literal["correct", "all"] = "correct"
+    batch_size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The teacher's signal for every row of `store`, written beside the rows. signal: `topk:K` or `token`."""
+
+    name: str = "score"
+    store: str
+    teacher: str
+    signal: str = "topk:64"
+    batch_tokens: int = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A stage that is one module-level function `fn(folder: Path, context: RunContext, **kwargs)`.
+
+    It writes into `folder`; what it leaves there is what `stage:NAME` refers to.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+AnyStage = Stage | Generate | Score | Call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Stages in order, under one name and one seed."""
+
+    name: str
+    stages: tuple[AnyStage, ...]
+    seed: int = 0
+    mesh: MeshShape = MeshShape()
+    runs: str = "runs"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        names = [s.name for s in self.stages]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"a recipe needs at least one stage and distinct stage names, got {names}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def stage_folder(self, name: str) -> Path:
+        """Where a stage writes: the run itself when it is the only stage, else a folder of its own."""
+        return self.folder if len(self.stages) == 1 else self.folder / name
+
+    def to_yaml(self) -> str:
+        return spec.dump(self)
+
+
+def resolve(recipe: Recipe, reference: str) -> str:
+    """`stage:NAME` -> the folder of that stage; anything else unchanged. Raises ValueError for unknown stages."""
+    if not reference.startswith("stage:"):
+        return reference
+    name = reference.removeprefix("stage:").split("/")[0]
+    names = [s.name for s in recipe.stages]
+    if name not in names:
+        raise ValueError(f"{reference!r}: no stage of that name; stages: {names}")
+    return str(recipe.stage_folder(name)) + reference.removeprefix(f"stage:{name}")
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe from `recipe()` of a Python file or from a YAML file, with `--set` overrides applied."""
+    path = Path(path)
+    if not path.is_file():
+        there = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=2)
+        raise FileNotFoundError(f"no recipe {path}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if path.suffix in (".yaml", ".yml"):
+        recipe = spec.load(path.read_text())
+    else:
+        module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+        assert module_spec and module_spec.loader
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_spec.name] = module
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "recipe"):
+            raise ValueError(f"{path} has no function recipe() -> Recipe")
+        recipe = module.recipe()
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{path}: expected a Recipe, got {type(recipe).__name__}")
+    for item in overrides or []:
+        recipe = override(recipe, item)
+    recipe.to_yaml()  # refuses closures before anything runs
+    return recipe
+
+
+def override(recipe: Recipe, item: str) -> Recipe:
+    """Apply one `path=value`. A path that is not one of the recipe's own fields applies to every stage that has it.
+
+    `student=X` is short for `providers.student=X`. Raises ValueError with suggestions for an unknown path.
+    """
+    path, eq, text = item.partition("=")
+    if not eq or not path:
+        raise ValueError(f"--set {item!r}: expected path=value, e.g. optim.peak_lr=1e-5")
+    value = yaml.safe_load(text) if text else ""
+    own = {f.name for f in dataclasses.fields(recipe)}
+    if path.split(".")[0] in own:
+        try:
+            return spec.set_path(recipe, path, value)
+        except KeyError:
+            raise _unknown(recipe, path) from None
+    hit, stages = False, []
+    for stage in recipe.stages:
+        full = path
+        head = path.split(".")[0]
+        if isinstance(stage, Stage) and head in stage.providers:
+            full = f"providers.{path}"
+        try:
+            stages.append(spec.set_path(stage, full, value))
+            hit = True
+        except KeyError:
+            stages.append(stage)
+    if not hit:
+        raise _unknown(recipe, path)
+    return dataclasses.replace(recipe, stages=tuple(stages))
+
+
+def _unknown(recipe: Recipe, path: str) -> ValueError:
+    known = {p for s in recipe.stages for p, _ in spec.leaves(s)} | {f.name for f in dataclasses.fields(recipe)}
+    known |= {p.removeprefix("providers.") for p in known}
+    ranked = difflib.get_close_matches(path, sorted(known), n=3, cutoff=0.4)
+    return ValueError(f"--set {path}: no such field" + (f"; did you mean {', '.join(ranked)}?" if ranked else ""))
+
+
+def write_or_compare(recipe: Recipe) -> None:
+    """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference."""
+    path = recipe.folder / "recipe.yaml"
+    new = spec.to_plain(recipe)
+    if path.is_file():
+        old = yaml.safe_load(path.read_text())
+        changes = spec.diff(old, new)
+        if changes:
+            raise ValueError(f"{recipe.folder} was made by another recipe:\n  " + "\n  ".join(changes)
+                             + "\nresume with the old values, or give the run another name (--set name=...)")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(recipe.to_yaml())
+    tmp.replace(path)
