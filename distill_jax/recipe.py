@@ -191,6 +191,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         recipe = spec.load(path.read_text())
     else:
+        _make_importable(path)
         module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         assert module_spec and module_spec.loader
         module = importlib.util.module_from_spec(module_spec)
@@ -205,6 +206,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         recipe = override(recipe, item)
     recipe.to_yaml()  # refuses closures before anything runs
     return recipe
+
+
+def _make_importable(path: Path) -> None:
+    """Recipes may import what stands beside them in their project (`configs.models`): put its root on the path."""
+    root = next((p for p in path.resolve().parents if (p / "pyproject.toml").is_file()), Path.cwd())
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
 
 
 def override(recipe: Recipe, item: str) -> Recipe:

@@ -9,12 +9,11 @@ Hardware, time: `distill-jax plan configs/recipes/kd.py --on h200:1`.
 """
 
 from distill_jax.data.sources import Store
-from distill_jax.train.optim import AdamW
-
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Recipe, Saving, Stage, Student
+from distill_jax.train.optim import AdamW
 
 
 def recipe() -> Recipe:
