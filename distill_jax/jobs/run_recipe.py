@@ -2,38 +2,11 @@
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, resolve, write_or_compare
-
-Echo = Callable[[str], None]
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """What a stage may know: its recipe, where it writes, how it speaks, and how to find other stages' output."""
-
-    recipe: Recipe
-    folder: Path
-    say: Echo = field(default=say)
-
-    def resolve(self, reference: str) -> str:
-        return resolve(self.recipe, reference)
-
-    @property
-    def seed(self) -> int:
-        return self.recipe.seed
-
-
-class Stopped(Exception):
-    """A stage was asked to stop (SIGTERM, Ctrl-C) and has saved what it had."""
+from distill_jax.jobs.context import Echo, RunContext, Stopped, say
+from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, write_or_compare
 
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:

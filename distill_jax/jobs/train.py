@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from distill_jax import loading
 from distill_jax.core import spec
 from distill_jax.data.sources import Mix, Store, check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
-from distill_jax.jobs.run_recipe import RunContext, Stopped
+from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.loading import load
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
 from distill_jax.models.transformer import Transformer
@@ -54,7 +54,7 @@ def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider
         params = init_params(model, mesh, student.init_seed + context.seed)
     else:
         kept = jnp.float32 if student.trainable else dtype
-        model, params = loading.load(where, mesh=mesh, dtype=kept)
+        model, params = load(where, mesh=mesh, dtype=kept)
         config = dataclasses.replace(model.config, real_vocab=min(tokenizer.real, model.config.vocab_size))
     if tokenizer.real > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.real} ids, the model's head only {config.vocab_size}: "
