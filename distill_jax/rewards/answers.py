@@ -34,6 +34,7 @@ def extract(text: str, kind: Kind = "auto") -> str | None:
     body = after_thinking(text)
     if body is None:
         return None
+    body = body.replace("\f", "\\f").replace("\b", "\\b")  # see `_PLAIN`
     for find in (_tagged, last_boxed, _hashes, lambda b: _stated(b, kind), lambda b: _last(b, kind)):
         found = find(body)
         if found is not None and found.strip():
@@ -86,7 +87,7 @@ def _of_kind(said: str, kind: Kind) -> str | None:
         return found[0] if found else None
     formula = _FORMULA.search(said)
     inner = next(g for g in formula.groups() if g is not None) if formula is not None else None
-    said = re.split(r"(?<=[^\d])\.\s|\.$|\. I hope", said)[0].strip(" *_`")
+    said = re.split(r"\.\s+(?=[A-Z])|\.$", said)[0].strip(" *_`")
     if kind == "number":
         if number(said) is not None:
             return said
@@ -100,13 +101,14 @@ def _of_kind(said: str, kind: Kind) -> str | None:
 
 
 _NUMBER = re.compile(
+    r"-?\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
     r"(?<![\w.])[-+]?(?:\$|\\\$)?[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
     r"(?:[eE][-+]?[0-9]{1,3})?(?:\s?/\s?[0-9]+)?\s?\\?%?")
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LETTER_FIRST = re.compile(
     r"(?:(?:option|choice|answer)\s+)?[\s($*\\\"'`]*(?:text\{|textbf\{|mathrm\{|boxed\{)*\(?([A-J])\)?(?![\w'])")
 _LETTER_LAST = re.compile(
-    r"\(([A-J])\)|^[\s*]*([A-J])[\s*]*[.):]?[\s*]*$|\b(?:option|choice) ([A-J])\b", re.MULTILINE)
+    r"(?<!\w)\(?([A-J])\)|^[ \t*]*([A-J])[ \t*]*[.:]?[ \t*]*$|\b(?:option|choice) ([A-J])\b", re.MULTILINE)
 _BOOL = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
 
 
@@ -116,11 +118,15 @@ def _last(body: str, kind: Kind) -> str | None:
     tail = body[-TAIL:]
     if kind == "letter":
         found = _LETTER_LAST.findall(tail)
-        return next((g for g in found[-1] if g), None) if found else None
+        if not found and len(body) <= 200:  # a bare choice with its text: `A: Rodrigo`
+            found = re.findall(r"\A\s*([A-J])[:.)]", body)
+        return max(found[-1]) if found else None
     lines = [line for line in tail.splitlines() if line.strip()]
     if kind == "bool":
         words = _BOOL.findall(lines[-1]) if lines else []
         return words[-1] if words else None
+    if kind == "number" and number(body.strip()) is not None:
+        return body
     if kind in ("number", "math", "auto") and lines:
         return _last_value(tail, kind) if _WORD.search(body[:200]) or len(lines) > 1 else lines[0]
     return lines[-1].strip().strip("*_`") if lines else None
@@ -148,16 +154,18 @@ _PLAIN = str.maketrans({
     "²": "^{2}", "³": "^{3}", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ",
     "∪": "\\cup ", "∩": "\\cap ", "°": "^\\circ ", "∈": "\\in ", "ℝ": "\\mathbb{R}", "≠": "\\ne ",
     "∅": "\\emptyset ", "±": "\\pm ",
+    "\f": "\\f", "\b": "\\b",  # `\frac` and `\binom` that went through JSON once too often
     **{chr(0xFF10 + d): str(d) for d in range(10)}, **{chr(0xFF21 + d): chr(65 + d) for d in range(26)},
 })
 
 
 def plain(text: str) -> str:
     """Typographic signs as ASCII or LaTeX. Letters of other alphabets that look like Latin ones are left alone."""
-    return re.sub(r"\\sqrt +([0-9]+|[a-z])", r"\\sqrt{\1}", text.translate(_PLAIN))
+    out = re.sub(r"\\sqrt +([0-9]+|[a-z])", r"\\sqrt{\1}", text.translate(_PLAIN))
+    return out if "\\begin" in out else re.sub(r"\\\\(?=[a-zA-Z])", r"\\", out)  # `\\\\frac` of escaped LaTeX
 
 
-_WRAP = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm|mbox|operatorname)\s*\{([^{}]*)\}")
+_WRAP = re.compile(r"\\(?:text|textbf|textnormal|mathrm|mathbf|textrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _NOISE = re.compile(r"\\(?:left|right|displaystyle|quad|qquad|[,;:! ])|~")
 _FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{(-?[0-9]+)\}|([0-9]))\s*(?:\{(-?[0-9]+)\}|([0-9]))")
 
@@ -176,7 +184,10 @@ def normalise(text: str) -> str:
 _WHOLE = re.compile(
     r"(?:[a-zA-Z]\s*=\s*)?(?P<sign>[-+]?)(?P<whole>[0-9]+ )?(?P<num>[0-9]*\.?[0-9]+|[0-9]+\.)"
     r"(?:[eE](?P<exp>[-+]?[0-9]{1,3}))?"
-    r"(?:/(?P<den>[0-9]+))?\s?(?P<percent>%?)(?:\^\{?(?:circ|o)\}?)?(?P<unit>[a-z][a-z/^{}0-9 ]{0,40})?")
+    r"(?:/(?P<den>[0-9]+))?\s?(?P<percent>%?)(?:\^\{?(?:circ|o)\}?)?"
+    # words after a space, or a unit that is no product of variables: `2 hours`, `6th`, `3 cm^2`, not `2x`, `5 or 9`
+    r"(?P<unit>(?:st|nd|rd|th|cm|mm|km|kg|mg|ml|hrs?|mins?|secs?|am|pm|mph|ft)\b"
+    r"|(?<=\s)(?!(?:or|and|to|if|pi|sqrt|mod)\b)[a-zA-Z]{2}[a-zA-Z/ -]{0,40}(?:\^\{?[23]\}?)?)?")
 
 
 def number(text: str) -> Fraction | None:
@@ -221,6 +232,8 @@ def kind_of(gold: str) -> Kind:
         return "bool"
     if number(text) is not None:
         return "number"
+    if inner[:1] in "'\"" or (inner[:1] in "[{(" and re.search(r"['\"]", inner)):  # a literal of a program
+        return "text"
     words = re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[a-zA-Z]+", "", inner))
     if ("\\" not in inner and len(words) >= 2) or not _MATH.search(inner):
         return "text"

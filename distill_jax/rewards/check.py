@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from distill_jax.rewards.answers import Kind, after_thinking, extract, is_percent, kind_of, normalise, number, plain
+from distill_jax.traces.formats.text import last_boxed
 
 RELATIVE = Fraction(1, 1_000_000)
 """Numbers that are not both whole are equal when they differ by less than this share (0.333333 for 1/3)."""
@@ -18,10 +19,13 @@ RELATIVE = Fraction(1, 1_000_000)
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """correct    None where the check could not decide: it timed out or crashed, or there is no gold
+    """What a check found.
+
+    correct    None where it could not decide: time-out, crash, no gold, or a text that states no answer but names
+               the gold in its last line
     extracted  the final answer that was found, None where the completion states none
-    method     what decided: exact, number, letter, bool, text, contains, math, no_answer, unterminated, no_gold,
-               timeout, crash
+    method     what decided: exact, number, letter, bool, text, contains, math, no_answer, unterminated, unclear,
+               no_gold, timeout, crash
     """
 
     correct: bool | None
@@ -71,10 +75,14 @@ def decide(completion: str, golds: str | Sequence[str], kind: Kind = "auto") -> 
     open_golds: dict[str, list[str]] = {}
     for gold in golds:
         what = kind_of(gold) if kind == "auto" else kind
+        if what != "contains" and same_text(body, gold):
+            return Verdict(correct=True, extracted=gold[:1000], method="exact")
         found = body.strip() if what == "contains" else extract(body, what)
         if found is None:
             continue
         same, method = compare(found, gold, what)
+        if what == "text" and same is False and unclear(body, found, gold):
+            return Verdict(correct=None, extracted=found[:1000], method="unclear")
         if same:
             return Verdict(correct=True, extracted=found[:1000], method=method)
         if same is None:
@@ -84,6 +92,14 @@ def decide(completion: str, golds: str | Sequence[str], kind: Kind = "auto") -> 
         answer, left = next(iter(open_golds.items()))
         return Pending(extracted=answer, golds=tuple(left), method="math")
     return Verdict(correct=False, extracted=last, method=method)
+
+
+def same_text(body: str, gold: str) -> bool:
+    """Whether a completion is the gold and nothing else."""
+    if len(body) > 4 * len(gold) + 100:
+        return False
+    left, right = normalise(body), normalise(gold)
+    return left == right and (bool(left) or body.strip() == gold.strip())
 
 
 def compare(answer: str, gold: str, kind: Kind) -> tuple[bool | None, str]:
@@ -98,6 +114,8 @@ def compare(answer: str, gold: str, kind: Kind) -> tuple[bool | None, str]:
     if left == right and left:
         return True, "exact"
     if kind in ("number", "math", "auto"):
+        if "=" in answer and "=" not in gold:  # `x + y = 5` answers with 5
+            answer = answer.rpartition("=")[2]
         a, g = number(answer), number(gold)
         if a is not None and g is not None:
             return same_number(a, g, percent=is_percent(answer) != is_percent(gold)), "number"
@@ -113,12 +131,30 @@ def same_number(a: Fraction, b: Fraction, percent: bool = False) -> bool:
     return close(a, b) or (percent and (close(a, 100 * b) or close(100 * a, b)))
 
 
+def unclear(body: str, found: str, gold: str) -> bool:
+    """Whether a completion without a marked answer at least names the gold in the line it ends with."""
+    if not _words(gold):
+        return False
+    marked = last_boxed(body) is not None or "answer" in body[-1000:].casefold()
+    return not marked and f" {_words(gold)} " in f" {_words(found)} "
+
+
+_KNOWN = frozenset(re.findall(r"\w+", """
+    frac dfrac tfrac cfrac sqrt pi infty cup cap left right cdot times div pm mp le leq ge geq lt gt ne neq in notin
+    text textbf textnormal mathrm mathbf mathbb mathcal mathit mbox operatorname begin end log ln lg exp sin cos tan
+    cot sec csc arcsin arccos arctan sinh cosh tanh circ degree binom dbinom tbinom emptyset varnothing setminus mid
+    lfloor rfloor lceil rceil alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi omega Delta
+    Gamma Omega quad qquad displaystyle mod bmod pmod sum prod int lim to max min gcd lcm det langle rangle vert
+    lvert rvert ldots cdots dots dollar percent angle"""))
+"""LaTeX commands math-verify's grammar reads. It drops what it does not know and reads the rest as a whole formula
+(`15.\\overline{3}` as 15, `3√13` as 3), so a text with anything else is not put to it."""
+
+
 def is_formula(text: str) -> bool:
-    """Whether math-verify can be asked: LaTeX or ASCII algebra of bounded size and depth. Signs it does not know
-    would be dropped silently (`3√13` is read as 3), so they rule a text out."""
+    """Whether math-verify can be asked: algebra of bounded size and depth, in signs and commands that it knows."""
     text = plain(text)
-    depth = max_depth(text)
-    return len(text) <= 500 and depth <= 30 and text.isascii() and any(c.isdigit() or c.isalpha() for c in text)
+    known = all(name in _KNOWN for name in re.findall(r"\\([a-zA-Z]+)", text))
+    return known and len(text) <= 500 and max_depth(text) <= 30 and text.isascii() and any(map(str.isalnum, text))
 
 
 def max_depth(text: str) -> int:
@@ -161,5 +197,6 @@ def math_equal(gold: str, answer: str) -> bool:
 def _bare(text: str) -> str:
     """The formula without dollar signs around or inside it, typographic and program notation as LaTeX."""
     out = plain(text).replace("\\$", "").replace("$", "").strip()
+    out = re.sub(r"\s+(?:or|and)\s+", ", ", out)
     out = re.sub(r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", out)
     return re.sub(r"(?<![\\a-zA-Z])(pi|infty|sin|cos|tan|log|ln)(?![a-zA-Z])", r"\\\1 ", out)

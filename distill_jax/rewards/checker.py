@@ -16,7 +16,6 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import Any
 
-import distill_jax
 from distill_jax.rewards.answers import Kind
 from distill_jax.rewards.check import Pending, Verdict, decide
 
@@ -36,7 +35,7 @@ class Worker:
     """One process with one question at a time. No fork of this process: it inherits no threads, no accelerator."""
 
     def __init__(self, seconds: float) -> None:
-        root = str(Path(distill_jax.__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])  # the worker imports the same package as this process
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.seconds = seconds
         self.process = subprocess.Popen(
