@@ -90,7 +90,7 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     dynamic = {name: dict(t.dynamic) for name, t in terms.items()}
     static = {name: replace(t, dynamic={}) for name, t in terms.items()}
     heads = {s: replace(h, kernel=h.kernel.astype(hiddens[s].dtype)) for s, h in heads.items()}
-    local = _Local(static, dict(wanted), chunk, tuple(mesh.axis_names) if mesh is not None else ())
+    local = _Local(static, dict(wanted), chunk, mesh)
     if mesh is None:
         return local(hiddens, heads, fields, dynamic)
     rows = tuple(a for a in mesh.axis_names if a in ROW_AXES)
@@ -99,7 +99,7 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     B, T = fields.tokens.shape
     hiddens, fields = _pad((hiddens, fields), -B % _size(mesh, rows), -T % _size(mesh, columns))
     out_grads = {s: Grads(hidden=by_token if w.hidden else None,
-                          kernel=PartitionSpec() if w.kernel else None,
+                          kernel=_head_spec(mesh, heads[s].vocab) if w.kernel else None,
                           bias=PartitionSpec() if w.bias else None) for s, w in wanted.items()}
     everywhere = PartitionSpec()
     out = jax.shard_map(
@@ -109,6 +109,11 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     cut = lambda x: x if x is None else x[:B, :T]
     return Result(out.total, {n: cut(v) for n, v in out.values.items()},
                   {s: g._replace(hidden=cut(g.hidden)) for s, g in out.grads.items()})
+
+
+def _head_spec(mesh: Mesh, vocab: int) -> PartitionSpec:
+    """Where the head's gradient is left: by vocabulary over all devices (a reduce-scatter, half an all-reduce)."""
+    return PartitionSpec(tuple(mesh.axis_names)) if vocab % mesh.size == 0 else PartitionSpec()
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
@@ -127,12 +132,12 @@ def _pad(tree: Any, rows: int, columns: int) -> Any:
 
 @dataclass(frozen=True)
 class _Local:
-    """The computation of one device over its share of the tokens; `axes` are reduced at the end."""
+    """The computation of one device over its share of the tokens; sums are reduced over `mesh` at the end."""
 
     terms: dict[str, RowTerm]
     wanted: dict[str, Wanted]
     chunk: int
-    axes: tuple[str, ...]
+    mesh: Mesh | None
 
     def __call__(self, hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
                  dynamic: dict[str, dict[str, Array]]) -> Result:
@@ -155,12 +160,17 @@ class _Local:
             return Result(carry.total + part.total, values, grads)
 
         out = jax.lax.fori_loop(0, turns, turn, self._zeros(flat_hiddens, heads, count))
-        total, summed = out.total, {s: g._replace(hidden=None) for s, g in out.grads.items()}
-        if self.axes:
-            total, summed = jax.lax.psum((total, summed), self.axes)
         unflat = lambda x: x if x is None else x.reshape(*shape, *x.shape[1:])
-        return Result(total, {t: unflat(v) for t, v in out.values.items()},
-                      {s: g._replace(hidden=unflat(out.grads[s].hidden)) for s, g in summed.items()})
+        return Result(self._sum(out.total), {t: unflat(v) for t, v in out.values.items()}, {
+            s: Grads(unflat(g.hidden), self._sum_kernel(g.kernel), self._sum(g.bias)) for s, g in out.grads.items()})
+
+    def _sum(self, x: Array | None) -> Array | None:
+        return x if x is None or self.mesh is None else jax.lax.psum(x, self.mesh.axis_names)
+
+    def _sum_kernel(self, x: Array | None) -> Array | None:
+        if x is None or self.mesh is None or _head_spec(self.mesh, x.shape[0]) == PartitionSpec():
+            return self._sum(x)
+        return jax.lax.psum_scatter(x, self.mesh.axis_names, scatter_dimension=0, tiled=True)
 
     def _zeros(self, hiddens: dict[str, Array], heads: dict[str, Head], count: int) -> Result:
         zero = lambda wanted, shape, dtype=jnp.float32: jnp.zeros(shape, dtype) if wanted else None

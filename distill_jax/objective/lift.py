@@ -76,7 +76,7 @@ def lift_tokens(hidden: Array, head: Head, tokens: Array, *, mask: Array | None 
     hidden [B,T,D], tokens int32 [B,T] -> (logprobs f32 [B,T], entropies f32 [B,T]), aligned with tokens: index t
     describes token t. 0 at t = 0 (nothing predicts it) and where `mask` [B,T] is False or 0; those cost nothing.
     """
-    active = jnp.ones(tokens.shape, bool) if mask is None else mask != 0
+    active = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
     values = _token_values(_dtypes((hidden, head)), mesh, chunk)((hidden, head), tokens, active)
     return values["logprob"], values["entropy"]
 
