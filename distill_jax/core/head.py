@@ -12,6 +12,11 @@ NEG = -1e30
 """Logit of a token id that does not exist (vocabulary padding). Finite, so that 0 * NEG is not NaN."""
 
 
+def wide(*arrays: Array) -> Any:
+    """dtype to accumulate in: float32, or float64 when one of the arrays is."""
+    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
+
+
 def _register(cls: Any) -> Any:
     return jax.tree_util.register_dataclass(
         cls, data_fields=["kernel", "bias"], meta_fields=["scale", "soft_cap", "real"])
@@ -40,15 +45,15 @@ class Head:
         return self.kernel.shape[0]
 
     def project(self, hidden: Array) -> Array:
-        """hidden [N, D] -> raw float32 products [N, V]; runs in hidden's dtype, accumulates in float32."""
+        """hidden [N, D] -> raw products [N, V]; runs in hidden's dtype, accumulates in float32 (float64 stays)."""
         kernel = self.kernel.astype(hidden.dtype)
-        return jax.lax.dot_general(hidden, kernel, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(hidden, kernel, (((1,), (1,)), ((), ())), preferred_element_type=wide(hidden))
 
     def finish(self, raw: Array) -> Array:
         """Raw products [N, V] -> logits [N, V]: bias, scale, soft cap, NEG for ids that do not exist."""
         out = raw
         if self.bias is not None:
-            out = out + self.bias.astype(jnp.float32)[None, :]
+            out = out + self.bias.astype(out.dtype)[None, :]
         if self.scale != 1.0:
             out = out * self.scale
         if self.soft_cap is not None:

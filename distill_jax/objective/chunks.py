@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from distill_jax.core.batch import Signal, TokenLogprob, TopK
-from distill_jax.core.head import Head
+from distill_jax.core.head import Head, wide
 from distill_jax.losses.targets import Full, Labels, Target, TopKTarget
 
 Array = Any
@@ -153,7 +153,7 @@ class _Local:
             take = lambda x: x.at[at].get(mode="fill", fill_value=0)
             part = self._chunk(jax.tree.map(take, flat_hiddens), heads, jax.tree.map(take, flat), dynamic)
             put = lambda acc, x: None if acc is None else acc.at[at].set(x.astype(acc.dtype), mode="drop")
-            add = lambda acc, x: None if acc is None else acc + x
+            add = lambda acc, x: None if acc is None else acc + x.astype(acc.dtype)
             grads = {s: Grads(put(g.hidden, part.grads[s].hidden), add(g.kernel, part.grads[s].kernel),
                               add(g.bias, part.grads[s].bias)) for s, g in carry.grads.items()}
             values = {t: put(v, part.values[t]) for t, v in carry.values.items()}
@@ -173,8 +173,9 @@ class _Local:
         return jax.lax.psum_scatter(x, self.mesh.axis_names, scatter_dimension=0, tiled=True)
 
     def _zeros(self, hiddens: dict[str, Array], heads: dict[str, Head], count: int) -> Result:
-        zero = lambda wanted, shape, dtype=jnp.float32: jnp.zeros(shape, dtype) if wanted else None
-        return Result(jnp.float32(0), {t: jnp.zeros(count, jnp.float32) for t in self.terms}, {
+        dtype = wide(*hiddens.values())
+        zero = lambda wanted, shape, dtype=dtype: jnp.zeros(shape, dtype) if wanted else None
+        return Result(jnp.zeros((), dtype), {t: jnp.zeros(count, dtype) for t in self.terms}, {
             s: Grads(zero(w.hidden, hiddens[s].shape, hiddens[s].dtype), zero(w.kernel, heads[s].kernel.shape),
                      zero(w.bias, heads[s].vocab)) for s, w in self.wanted.items()})
 
@@ -186,12 +187,11 @@ class _Local:
 
         def weighted(raws: dict[str, Array], biases: dict[str, Array | None]) -> tuple[Array, dict[str, Array]]:
             logits = {s: replace(heads[s], bias=biases[s]).finish(raw) for s, raw in raws.items()}
-            total, values = jnp.float32(0), {}
+            total, values = jnp.zeros((), wide(*hiddens.values())), {}
             for name, term in self.terms.items():
                 target = _target(term.target, logits, fields)
-                value = term.loss(logits[term.source], target, **term.kwargs, **dynamic[name])
-                values[name] = value.astype(jnp.float32)
-                total += jnp.sum(fields.weights[name] * values[name])
+                values[name] = term.loss(logits[term.source], target, **term.kwargs, **dynamic[name])
+                total += jnp.sum(fields.weights[name].astype(total.dtype) * values[name].astype(total.dtype))
             return total, values
 
         moving = {s for s, w in self.wanted.items() if w and s in raws}
@@ -203,19 +203,20 @@ class _Local:
         total, back, values = jax.vjp(
             lambda r, b: weighted(r | still, biases | b),
             {s: raws[s] for s in moving}, {s: biases[s] for s in moving}, has_aux=True)
-        d_raws, d_biases = back(jnp.float32(1))
+        d_raws, d_biases = back(jnp.ones_like(total))
         grads = {s: _through_head(d_raws[s], d_biases[s], hiddens[s], heads[s], self.wanted[s]) for s in moving}
         return Result(total, values, grads)
 
 
 def _through_head(d_raw: Array, d_bias: Array | None, hidden: Array, head: Head, wanted: Wanted) -> Grads:
-    """Gradients of `head.project(hidden)`: the cotangent in the compute dtype, sums in float32."""
+    """Gradients of `head.project(hidden)`: the cotangent in the compute dtype, sums in (at least) float32."""
+    acc = d_raw.dtype
     d_raw = d_raw.astype(hidden.dtype)
-    dot = lambda a, b, contract: jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    dot = lambda a, b, contract: jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=acc)
     return Grads(
         hidden=dot(d_raw, head.kernel, ((1,), (0,))) if wanted.hidden else None,
         kernel=dot(d_raw, hidden, ((0,), (0,))) if wanted.kernel else None,
-        bias=d_bias.astype(jnp.float32) if wanted.bias and d_bias is not None else None)
+        bias=d_bias.astype(acc) if wanted.bias and d_bias is not None else None)
 
 
 def _target(name: str, logits: dict[str, Array], fields: Fields) -> Target:

@@ -103,8 +103,10 @@ def _lifted(terms: Mapping[str, RowTerm], dtypes: Any, mesh: Mesh | None, chunk:
         return (out.total, out.values), grads
 
     def backward(grads: Any, cotangents: Any) -> Any:
-        scale = _instantiate(cotangents[0])
-        times = lambda g, dtype: None if g is None else (g.astype(jnp.float32) * scale).astype(dtype)
+        scale = cotangents[0]
+        if isinstance(scale, SymbolicZero):
+            return None, None, None
+        times = lambda g, dtype: None if g is None else (g.astype(scale.dtype) * scale).astype(dtype)
         return _map(times, grads, dtypes), None, None
 
     lifted.defvjp(forward, backward, symbolic_zeros=True)
@@ -134,7 +136,8 @@ def _token_values(dtypes: Any, mesh: Mesh | None, chunk: int) -> Any:
     def backward(saved: Any, cotangents: dict[str, Any]) -> Any:
         (source, tokens, active), wanted = saved
         # The gradient of sum(cotangent * value) is what lift_sum's forward makes.
-        weights = {n: jnp.where(active, c, 0.0) for n, c in cotangents.items() if not isinstance(c, SymbolicZero)}
+        asked = {n: c for n, c in cotangents.items() if not isinstance(c, SymbolicZero)}
+        weights = {n: jnp.where(active, c, jnp.zeros_like(c)) for n, c in asked.items()}
         moved = jnp.zeros(tokens.shape, bool)
         for weight in weights.values():
             moved |= weight != 0
@@ -156,10 +159,6 @@ def _wanted(source: Any) -> Wanted:
 
 def _primals(tree: Any) -> Any:
     return jax.tree.map(lambda p: p.value, tree, is_leaf=lambda x: hasattr(x, "perturbed"))
-
-
-def _instantiate(cotangent: Any) -> Array:
-    return jnp.float32(0) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def _as_source(grads: Grads, head: Head) -> tuple[Array | None, Head]:

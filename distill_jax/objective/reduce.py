@@ -30,7 +30,7 @@ def by_role(values: Array, weights: Array, roles: Array) -> RoleSums:
     """sum of weights * values and of weights for each role. All [B,T]."""
     zero = jnp.zeros(NUM_ROLES, jnp.float32)
     at = jnp.clip(roles, 0, NUM_ROLES - 1).astype(jnp.int32)
-    weights = weights.astype(jnp.float32)
+    weights, values = weights.astype(jnp.float32), values.astype(jnp.float32)
     return RoleSums(zero.at[at].add(weights * values), zero.at[at].add(weights))
 
 

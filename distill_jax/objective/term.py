@@ -150,7 +150,7 @@ class Objective:
         missing = [s for s in self.sources if s not in sources]
         if missing:
             raise ValueError(f"the objective needs hidden states of {missing}; given: {sorted(sources)}")
-        total, metrics = jnp.float32(0), {}
+        totals, metrics = [], {}
         for view in sorted({t.view for t in self.terms.values()}):
             terms = {n: _row_term(t, (dynamic or {}).get(n, {})) for n, t in self.terms.items() if t.view == view}
             needed = {t.source for t in terms.values()} | {t.target for t in terms.values()}
@@ -159,8 +159,9 @@ class Objective:
                 {s: x for s, x in sources.items() if s in needed}, terms, weights.weights, tokens=stream.tokens,
                 signals=batch.signals if view == "main" else {}, roles=stream.roles, masks=weights.masks,
                 trainable=trainable, mesh=mesh, chunk=chunk)
-            total, metrics = total + part, metrics | measured
-        return total, metrics
+            totals.append(part)
+            metrics |= measured
+        return sum(totals[1:], start=totals[0]), metrics
 
     def _value(self, key: str, value: Any, step: Array, controllers: Controllers | None) -> Array:
         if isinstance(value, Controller):

@@ -24,7 +24,7 @@ def dense_total(sources, terms, weights, *, tokens, signals=None):
         else:
             target = Full(jax.lax.stop_gradient(logits[term.target]))
         rows = term.loss(logits[term.source], target, **term.kwargs, **term.dynamic)
-        total = total + jnp.sum(next_(weights[name]) * rows)
+        total = total + jnp.sum(next_(weights[name]).astype(rows.dtype) * rows)
     return total
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill_jax.core.tree import cast
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl, generalized_jsd, reverse_kl
 from distill_jax.losses.rows.logprob import entropy
@@ -57,6 +58,19 @@ def test_equals_dense(case, chunk):
             assert not np.any(other) and not np.any(leaf), "a teacher gets no gradient"
         else:
             assert np.linalg.norm(leaf) > 1e-3 and rel(other, leaf) < 1e-5, path
+
+
+def test_float64_is_kept(case):
+    """Under x64 the lifted loss is exact enough to compare devices and packings to 1e-11."""
+    with jax.enable_x64(True):
+        sources, terms, weights, tokens, signals = case
+        sources = cast(sources, jnp.float64)
+        kw = {"tokens": tokens, "signals": signals}
+        terms = {n: terms[n] for n in ("ce", "kd", "online", "taid")}
+        dense = jax.jit(jax.value_and_grad(lambda s: dense_total(s, terms, weights, **kw)))(sources)
+        lifted = jax.jit(jax.value_and_grad(lambda s: lift_sum(s, terms, weights, chunk=8, **kw)[0]))(sources)
+        for a, b in zip(jax.tree.leaves(lifted), jax.tree.leaves(dense), strict=True):
+            assert a.dtype == jnp.float64 and rel(a, b) < 1e-11
 
 
 def arrays(jaxpr):

@@ -6,7 +6,7 @@ the teacher's tail is `1 - sum(kept)`, the student's the mass of every id that i
 and a divergence of the M outcomes is a lower bound of the full one (data processing inequality).
 
 An outcome that one side cannot have (padding of K, padded vocabulary, ids the student lacks) is `NEG` on both sides,
-and contributes exactly zero to value and gradient. Everything is float32.
+and contributes exactly zero to value and gradient. Everything is float32 (float64 where the logits are).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.core.head import NEG
+from distill_jax.core.head import NEG, wide
 from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
@@ -95,7 +95,7 @@ kept_and_tail.defvjp(_kept_and_tail_fwd, _kept_and_tail_bwd)
 
 
 def outcomes(logits: Array, target: Target, temperature: float = 1.0) -> tuple[Array, Array]:
-    """(log q, log p) float32 [N,M] of student and teacher over the same outcomes; no gradient through log p.
+    """(log q, log p) [N,M] of student and teacher over the same outcomes; no gradient through log p.
 
     logits [N,V]. `temperature` divides both sides' logits; exact only where every outcome is known, so a
     `TopKTarget` refuses another one than 1. Raises ValueError for that, and for `Labels`.
@@ -114,8 +114,8 @@ def outcomes(logits: Array, target: Target, temperature: float = 1.0) -> tuple[A
 
 def _full(logits: Array, target: Full, temperature: float) -> tuple[Array, Array]:
     vocab = min(logits.shape[-1], target.logits.shape[-1])
-    z = logits[:, :vocab].astype(jnp.float32)
-    t = jax.lax.stop_gradient(target.logits[:, :vocab].astype(jnp.float32))
+    z = logits[:, :vocab].astype(wide(logits))
+    t = jax.lax.stop_gradient(target.logits[:, :vocab].astype(z.dtype))
     real = (z > _ABSENT) & (t > _ABSENT)
     z = jnp.where(real, z / temperature, NEG)
     t = jnp.where(real, t / temperature, NEG)
@@ -123,9 +123,10 @@ def _full(logits: Array, target: Full, temperature: float) -> tuple[Array, Array
 
 
 def _topk(logits: Array, target: TopKTarget) -> tuple[Array, Array]:
-    logprobs = jax.lax.stop_gradient(target.logprobs.astype(jnp.float32))
+    logits = logits.astype(wide(logits))
+    logprobs = jax.lax.stop_gradient(target.logprobs.astype(logits.dtype))
     stored = (target.ids >= 0) & (logprobs > _ABSENT)
-    kept, tail = kept_and_tail(logits.astype(jnp.float32), jnp.where(stored, target.ids, -1))
+    kept, tail = kept_and_tail(logits, jnp.where(stored, target.ids, -1))
     teacher_kept = jnp.where(jax.lax.stop_gradient(kept) > _ABSENT, logprobs, NEG)
     mass = 1.0 - jnp.sum(jnp.exp(teacher_kept), axis=-1)
     teacher_tail = jnp.where(jax.lax.stop_gradient(tail) > _ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)

@@ -15,9 +15,10 @@ def taid(logits: Array, target: Target, *, t: Array) -> Array:
     """-sum_v p_t(v) log q(v), p_t = softmax((1-t) sg[log q] + t log p), q student, p teacher.
 
     Shing et al. 2025 (2501.16937), eq. 3-4. logits float32 [N,V], t scalar in [0,1] (`TAIDSchedule`) -> float32 [N].
-    For a `TopKTarget` the interpolation is over K kept ids and the tail bucket. t = 0 has exactly zero gradient.
+    For a `TopKTarget` the interpolation is over K kept ids and the tail bucket. At t = 0 the gradient is zero.
     """
     log_q, log_p = outcomes(logits, target)
+    t = jnp.asarray(t, log_q.dtype)
     mix = (1.0 - t) * jax.lax.stop_gradient(log_q) + t * log_p
     log_t = jax.lax.stop_gradient(mix - log_normalizer(mix)[:, None])
     return -jnp.sum(jnp.exp(log_t) * log_q, axis=-1)
