@@ -37,7 +37,8 @@ class Piece:
 
 
 def turns(trace: Trace) -> list[Turn]:
-    """Messages of a trace: neighbouring segments of one chat role and turn; every tool result is its own."""
+    """Messages of a trace: neighbouring segments of one chat role and turn (assistant: of any turn); every tool
+    result is its own."""
     out: list[Turn] = []
     for i, s in enumerate(trace.segments):
         role = CHAT_ROLE.get(s.role)
@@ -45,8 +46,8 @@ def turns(trace: Trace) -> list[Turn]:
             raise ValueError(f"segment {i} of trace {trace.id} has role {s.role.name}; a trace is made of "
                              f"{sorted(r.name for r in CHAT_ROLE)}")
         last = out[-1] if out else None
-        joined = last and last.role == role != "tool" and trace.segments[last.parts[-1]].turn == s.turn
-        if last and joined:
+        same_turn = last is not None and trace.segments[last.parts[-1]].turn == s.turn
+        if last and last.role == role and role != "tool" and (same_turn or role == "assistant"):
             out[-1] = Turn(role=role, parts=(*last.parts, i))
         else:
             out.append(Turn(role=role, parts=(i,)))

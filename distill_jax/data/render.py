@@ -2,7 +2,8 @@
 
 The prompt is the chat template's generation prompt, exact to the token. The supervised turn is written here, because
 templates delete thinking: `<think>` (unless the prompt ends with it), the thinking, `</think>`, a blank line, the
-answer, and what the template ends a turn with. Newlines around the tags are added only where the text has none.
+answer, and what the template ends a turn with: `<think>\\n{thinking}\\n</think>\\n\\n{answer}` always, because
+importers take exactly these newlines away.
 Prompt and supervised turn are encoded apart, as they are in generation. Earlier turns follow the template; they are
 context, so what the assistant said there has role QUESTION.
 
@@ -25,8 +26,9 @@ import numpy as np
 from distill_jax.core.roles import ANSWER, INJECTED, QUESTION, SYSTEM, THINK, TOOL, TOOL_CALL, Role
 from distill_jax.data.chat import THINK_CLOSE, THINK_OPEN, Message
 from distill_jax.data.conversation import Piece, Turn, parse_calls, shown, split_prompt, to_messages, turns
-from distill_jax.data.rows import Chunk, Row, assemble, from_sampled
+from distill_jax.data.rows import Chunk, assemble, from_sampled
 from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.traces.store import Row
 from distill_jax.traces.trace import FLAG_TRUNCATED, FLAG_UNTERMINATED, Segment, Trace
 
 VERSION = 1  # raise it when rendering changes: stores compare it
@@ -119,7 +121,8 @@ def split_completion(completion: "str | Sequence[int] | np.ndarray", tok: Tokeni
     if not (starts or opened or closed):
         return "", text, terminated
     thinking = (head[len(THINK_OPEN):] if starts else head).removeprefix("\n")
-    return (thinking.removesuffix("\n") if closed else thinking), answer.lstrip("\n"), terminated
+    thinking = thinking.removesuffix("\n") if closed else thinking
+    return thinking, answer.removeprefix("\n").removeprefix("\n"), terminated
 
 
 def _opens(prompt: str) -> bool:
@@ -180,13 +183,11 @@ def _assistant_turn(trace: Trace, turn: Turn, tok: Tokenizer, style: Style, *, b
         elif empty and style.think_tags and not closed:
             out.add(f"{lead}{THINK_OPEN}\n\n{THINK_CLOSE}\n\n", THINK)
     for n, (role, parts) in enumerate(blocks):
-        first = trace.segments[parts[0]].text
         if role == THINK and style.think_tags:
             tag = "" if n == 0 and opened else (lead if not out.text else "") + THINK_OPEN
-            newline = "" if first.startswith("\n") or (n == 0 and opened and before.endswith("\n")) else "\n"
-            out.add(tag + newline, THINK)
+            out.add(tag + ("" if n == 0 and opened and before.endswith("\n") else "\n"), THINK)
         elif not out.text:
-            out.add("" if first.startswith(lead) else lead, role)
+            out.add(lead, role)
         if role == TOOL_CALL:
             _tool_calls(trace, parts, tok, out, kwargs)
         else:
@@ -194,10 +195,7 @@ def _assistant_turn(trace: Trace, turn: Turn, tok: Tokenizer, style: Style, *, b
                 out.add(trace.segments[i].text, trace.segments[i].role, i)
         last = n == len(blocks) - 1
         if role == THINK and not (last and FLAG_UNTERMINATED in trace.flags):
-            after = "" if last else trace.segments[blocks[n + 1][1][0]].text
-            blank = "\n\n"[min(2, len(after) - len(after.lstrip("\n"))):]
-            close = ("" if out.last.endswith("\n") else "\n") + THINK_CLOSE if style.think_tags else ""
-            out.add(close + blank, THINK)
+            out.add(f"\n{THINK_CLOSE}\n\n" if style.think_tags else "\n\n", THINK)
     out.add("" if cut else tok.chat.turn_end, ANSWER)
     return out
 

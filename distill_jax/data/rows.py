@@ -9,21 +9,8 @@ from distill_jax.core.roles import INJECTED, SUPERVISED, TEMPLATE
 from distill_jax.data.conversation import Piece
 from distill_jax.data.spans import from_lengths
 from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.traces.store import Row
 from distill_jax.traces.trace import Trace
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A rendered trace. tokens i32[T]; roles u8[T]; steps i32[T]; parts i16[T]: segment of the trace the token came
-    from, -1 = template; spans i32[T,2]: bytes within that segment's text (within `text` for template tokens)."""
-
-    trace: Trace
-    text: str
-    tokens: np.ndarray
-    roles: np.ndarray
-    steps: np.ndarray
-    parts: np.ndarray
-    spans: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ class Tokenizer:
     @cached_property
     def base_hash(self) -> str:
         added = set(self.backend.added.values())
-        return _digest([p for i, p in enumerate(self.backend.pieces) if i not in added])
+        return _digest([f"{i} {p}" for i, p in enumerate(self.backend.pieces) if i not in added])
 
     @cached_property
     def hash(self) -> str:

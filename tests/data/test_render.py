@@ -19,8 +19,8 @@ from distill_jax.core.roles import (
     Role,
 )
 from distill_jax.data.render import Style, prompt_ids, render, split_completion, template_id
-from distill_jax.data.rows import Row
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.traces.store import Row
 from distill_jax.traces.trace import FLAG_TRUNCATED, FLAG_UNTERMINATED, Encoded, Segment, Trace, simple_trace
 
 TOOLS = [{"type": "function", "function": {"name": "get_w", "description": "weather",
@@ -142,11 +142,12 @@ def test_plain_template_and_think_tags_option(load):
     assert plain[-2:] == [("THINK", "t\n\n"), ("ANSWER", "a<|im_end|>")]
 
 
-def test_newlines_are_not_doubled(load):
+def test_text_is_verbatim(load):
     tok = load("qwen3")
     row = render(simple_trace("q", "\nt\n", "\na"), tok)
-    assert row.text.endswith("<think>\nt\n</think>\n\na<|im_end|>")
+    assert row.text.endswith("<think>\n\nt\n\n</think>\n\n\na<|im_end|>")
     check_row(row)
+    assert split_completion(row.tokens[len(prompt_ids("q", tok)):], tok) == ("\nt\n", "\na", True)
 
 
 def test_no_thinking_follows_the_template(load):
@@ -299,5 +300,5 @@ def test_every_row_is_consistent(load, name, system, q, thoughts, a):
     segments += [Segment(role=ANSWER, text=a)]
     row = render(Trace(segments=tuple(segments)), load(name))
     check_row(row)
-    body = "".join(thoughts) + ("\n</think>" if thoughts and not thoughts[-1].endswith("\n") else "")
-    assert body in row.text and a in row.text
+    body = f"<think>\n{''.join(thoughts)}\n</think>\n\n" if thoughts else ""
+    assert row.text.endswith(body + a + load(name).chat.turn_end)

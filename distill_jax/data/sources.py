@@ -1,0 +1,289 @@
+"""Where batches come from: a store (`Store`), several of them (`Mix`). `batch(step)` is a pure function of the seed.
+
+    source = open_source(Store(path="traces/", rows=8, seq_len=4096), load_tokenizer("..."), seed=0)
+    source.batch(0)                                            # the global batch, NumPy
+    for batch in serve(source, start_step=100): ...            # this process's rows, read ahead
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from distill_jax.core.batch import Batch
+from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised
+from distill_jax.data.pack import OverLong, Plan, plan
+from distill_jax.data.render import Style
+from distill_jax.data.rowset import RowSet, open_rows
+from distill_jax.data.serve import Served
+from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, TraceStore
+from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED
+
+CUT_ANSWER = (FLAG_TRUNCATED, FLAG_UNTERMINATED, FLAG_EMPTY_ANSWER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Rows of a trace store as training batches.
+
+    path       store, local or URL
+    signals    names of teacher signals to read beside the tokens
+    rows       sequences in a global batch; seq_len: tokens of each
+    pack       several rows in a sequence (they never see each other); False: one each, padded
+    split      "train" or "heldout": whole questions, by a hash, so the split depends on nothing else
+    holdout    share of the questions that is held out
+    verdict    "correct" (checked and right), "not_wrong" (also unchecked), "any"
+    over_long  rows longer than seq_len, and traces cut by their generator: "drop" them, or "cut": keep what there is
+               of them. Only "cut" trains on traces without the end of their answer
+    max_rows   keep at most so many rows, chosen by a hash (the same ones for every seed)
+    ops        operators on the traces; rows whose text they change are rendered again and lose their signal
+    style      how the supervised turn is written (think tags)
+    """
+
+    path: str
+    signals: tuple[str, ...] = ()
+    rows: int = 8
+    seq_len: int = 1024
+    pack: bool = True
+    split: Literal["train", "heldout", "all"] = "train"
+    holdout: float = 0.0
+    verdict: Literal["correct", "any", "not_wrong"] = "any"
+    over_long: OverLong = "drop"
+    max_rows: int | None = None
+    ops: tuple[Any, ...] = ()
+    style: Style = Style()
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.seq_len < 2:
+            raise ValueError(f"rows must be at least 1 and seq_len at least 2, got {self.rows} and {self.seq_len}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is a share of the questions in [0, 1), got {self.holdout}")
+        if self.split == "heldout" and self.holdout == 0:
+            raise ValueError("split='heldout' needs holdout > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Sequences of several stores in fixed shares. Every batch is as near to the shares as whole sequences allow.
+
+    rows: sequences in a global batch (the sources' own `rows` do not count); all sources have one seq_len.
+    """
+
+    sources: tuple[Store, ...]
+    weights: tuple[float, ...]
+    rows: int = 8
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.weights) or not self.sources:
+            raise ValueError(f"a Mix needs one weight for each source, got {len(self.sources)} sources and "
+                             f"{len(self.weights)} weights")
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError(f"weights of a Mix must not be negative and not all zero, got {self.weights}")
+        if len({s.seq_len for s in self.sources}) > 1:
+            raise ValueError(f"the sources of a Mix must have one seq_len, got {[s.seq_len for s in self.sources]}")
+
+    @property
+    def seq_len(self) -> int:
+        return self.sources[0].seq_len
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for s in self.sources for n in s.signals))
+
+
+def splitmix(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64: a good hash of integers (splitmix64)."""
+    x = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def held_out(groups: Sequence[str], share: float) -> np.ndarray:
+    """bool [N]: rows whose question is held out, by a hash of `Trace.group` alone."""
+    limit = int(share * 2**64)
+    number = lambda g: int.from_bytes(blake2b(g.encode(), digest_size=8, person=b"holdout").digest(), "little")
+    known = {g: number(g) < limit for g in set(groups)}
+    return np.array([known[g] for g in groups], bool)
+
+
+def choose(index: RowIndex, spec: Store) -> tuple[np.ndarray, dict[str, int]]:
+    """(numbers of the rows the filters keep, why the others were left out)."""
+    none = np.zeros(len(index.lengths), bool)
+    held = held_out(index.groups, spec.holdout) if spec.holdout else none
+    cut = np.array([any(f in CUT_ANSWER for f in flags) for flags in index.flags], bool)
+    reasons = {
+        "other split": {"train": held, "heldout": ~held, "all": none}[spec.split],
+        "verdict": {"correct": index.verdicts != 1, "not_wrong": index.verdicts == 0, "any": none}[spec.verdict],
+        "answer cut": none if spec.over_long == "cut" else cut}
+    left_out: dict[str, int] = {}
+    keep = ~none
+    for reason, bad in reasons.items():
+        left_out[reason] = int((keep & bad).sum())
+        keep &= ~bad
+    chosen = np.flatnonzero(keep)
+    if spec.max_rows is not None and len(chosen) > spec.max_rows:
+        left_out["max_rows"] = len(chosen) - spec.max_rows
+        chosen = np.sort(chosen[np.argsort(splitmix(chosen), kind="stable")[:spec.max_rows]])
+    return chosen, {k: v for k, v in left_out.items() if v}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSource:
+    """One store, opened: its rows, the plan over them, and its signals."""
+
+    spec: Store
+    rowset: RowSet
+    plan: Plan
+    signals: dict[str, SignalReader]
+    left_out: dict[str, int]
+    coverage: float = 1.0
+
+    def sequences(self, positions: Sequence[int], signals: bool = True) -> list[list[Placed]]:
+        """Rows of the sequences at these positions of the plan."""
+        numbers = [self.plan.at(p) for p in positions]
+        flat = np.concatenate([np.zeros(0, np.int64), *numbers])
+        rows = self.rowset.read(flat)
+        readers = self.signals if signals else {}
+        said = {n: self.rowset.read_signal(r, flat, rows) for n, r in readers.items()}
+        placed = [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()})
+                  for j, (i, row) in enumerate(zip(flat, rows))]
+        ends = np.cumsum([len(n) for n in numbers])
+        return [placed[end - len(n):end] for n, end in zip(numbers, ends)]
+
+    def describe(self) -> dict[str, Any]:
+        p = self.plan
+        return {"path": self.spec.path, "rows": len(self.rowset), "left_out": self.left_out,
+                "dropped_over_long": p.dropped, "cut_over_long": p.cut, "sequences": p.sequences,
+                "tokens_per_epoch": p.tokens, "fill": round(p.fill, 4), "rendered": "stored" if self.rowset.stored
+                else "again", "signals": sorted(self.signals), "signal_coverage": round(self.coverage, 4),
+                "rows_without_signal": int((~self.rowset.attached).sum()) if self.signals else 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSource:
+    """Batches by step. rows, seq_len: shape of the global batch; signals: name -> header."""
+
+    parts: tuple[RowSource, ...]
+    rows: int
+    seq_len: int
+    tokenizer: Tokenizer
+    signals: dict[str, SignalHeader]
+    shares: tuple[float, ...] = (1.0,)
+    _state: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps until the first store has been seen once."""
+        return self.parts[0].plan.sequences / (self.rows * self.shares[0])
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """The global batch of a step, or only some of its rows. Raises ValueError when the first batch asked for
+        has nothing to train on."""
+        out = self._build(self.assigned(step)[rows if rows is not None else slice(None)], signals=True)
+        if not self._state.get("checked"):
+            check_supervised(out if rows is None else self._build(self.assigned(step), signals=False), self.tokenizer)
+            self._state["checked"] = True
+        return out
+
+    def _build(self, assigned: Sequence[tuple[int, int]], signals: bool) -> Batch:
+        builder = BatchBuilder(len(assigned), self.seq_len, self.signals if signals else {})
+        for number, part in enumerate(self.parts):
+            where = [b for b, (p, _) in enumerate(assigned) if p == number]
+            for b, placed in zip(where, part.sequences([assigned[b][1] for b in where], signals)):
+                builder.put(b, placed)
+        return builder.batch()
+
+    def assigned(self, step: int) -> list[tuple[int, int]]:
+        """(part, position in its plan) of each sequence of the global batch."""
+        if len(self.parts) == 1:
+            return [(0, step * self.rows + b) for b in range(self.rows)]
+        order, counts = _rota(self.shares)
+        out = []
+        for p in range(step * self.rows, (step + 1) * self.rows):
+            cycle, at = divmod(p, len(order))
+            part = int(order[at])
+            out.append((part, cycle * int(counts[-1][part]) + int(counts[at][part])))
+        return out
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What was opened, for logs and `plan`."""
+        return [part.describe() for part in self.parts]
+
+
+ROTA = 1000
+
+
+@lru_cache
+def _rota(shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(part of each of ROTA consecutive sequences, how many of each part came before [ROTA+1, parts])."""
+    share = np.array(shares) / sum(shares)
+    counts = np.zeros((ROTA + 1, len(share)), np.int64)
+    order = np.zeros(ROTA, np.int64)
+    for i in range(ROTA):  # the part that lags its share most comes next
+        order[i] = np.argmax(share * (i + 1) - counts[i])
+        counts[i + 1] = counts[i]
+        counts[i + 1, order[i]] += 1
+    return order, counts
+
+
+def open_source(spec: Store | Mix, tokenizer: Tokenizer, *, seed: int) -> BatchSource:
+    """Open the stores, check that they fit the tokenizer, and plan. Raises ValueError saying what does not fit."""
+    if isinstance(spec, Store):
+        parts = (open_store(spec, tokenizer, seed=seed),)
+        return BatchSource(parts=parts, rows=spec.rows, seq_len=spec.seq_len, tokenizer=tokenizer,
+                           signals=_headers(parts))
+    parts = tuple(open_store(s, tokenizer, seed=seed) for s in spec.sources)
+    return BatchSource(parts=parts, rows=spec.rows, seq_len=spec.seq_len, tokenizer=tokenizer,
+                       signals=_headers(parts), shares=tuple(w / sum(spec.weights) for w in spec.weights))
+
+
+def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int) -> RowSource:
+    """One store of a source."""
+    path = spec.path
+    if "://" not in path and not Path(path).exists():
+        raise ValueError(f"no trace store at {path!r}: there is no such folder")
+    store = TraceStore.open(path)
+    chosen, left_out = choose(store.index(), spec)
+    if len(chosen) == 0:
+        raise ValueError(f"{path}: none of {len(store)} rows is left: {json.dumps(left_out)}. Relax verdict= (it is "
+                         f"{spec.verdict!r}), over_long= or holdout=.")
+    rowset = open_rows(store, chosen, tokenizer, spec.style, spec.ops, seed)
+    signals = {name: store.signal(name) for name in spec.signals}
+    for name, reader in signals.items():
+        if len(reader) < len(store):
+            raise ValueError(f"{path}: signal {name!r} has {len(reader)} of {len(store)} rows; finish it with "
+                             f"`distill-jax score`, which continues where it stopped")
+    coverage = rowset.coverage() if signals else 1.0
+    made = plan(rowset.lengths, seq_len=spec.seq_len, seed=seed, pack=spec.pack, over_long=spec.over_long)
+    return RowSource(spec=spec, rowset=rowset, plan=made, signals=signals, left_out=left_out, coverage=coverage)
+
+
+def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
+    """Signals of all parts by name; where they differ in k, the widest."""
+    out: dict[str, SignalHeader] = {}
+    for part in parts:
+        for name, reader in part.signals.items():
+            here, other = reader.header, out.get(name)
+            if other is not None and other.kind != here.kind:
+                raise ValueError(f"signal {name!r} is {other.kind} in one store and {here.kind} in {part.spec.path}")
+            if other is None or here.k > other.k:
+                out[name] = here
+    return out
+
+
+def serve(source: BatchSource, start_step: int = 0, process_index: int = 0, process_count: int = 1, *,
+          stop_step: int | None = None, threads: int = 4, ahead: int = 4) -> Served:
+    """Iterate over this process's rows of the batches from `start_step` on; see `data.serve`."""
+    return Served(source.batch, source.rows, start_step, process_index, process_count, stop_step=stop_step,
+                  threads=threads, ahead=ahead)
