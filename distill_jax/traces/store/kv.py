@@ -6,6 +6,7 @@ Writes of one key are atomic and durable when they return (tensorstore renames a
 
 import errno
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,25 @@ class Kv:
             return True
         return self.read(key) == value
 
-    def list(self, prefix: str) -> list[str]:
+    def keys(self, prefix: str) -> list[str]:
         """Sorted keys that start with `prefix`, which is cut off."""
         found = _result(self._kv.list(_range(prefix), strip_prefix_length=len(prefix)), f"{self.url}: {prefix}")
         return sorted(k.decode() for k in found)
 
-    def delete(self, prefix: str) -> None:
-        """Delete every key that starts with `prefix`, and on a file system the folder of that name."""
-        _result(self._kv.delete_range(_range(prefix)), f"{self.url}: cannot delete {prefix}")
-        if self.spec["driver"] == "file" and prefix.endswith("/"):
-            for folder, _, _ in os.walk(self.spec["path"] + prefix, topdown=False):
-                with os.scandir(folder) as left:
-                    if not any(left):
-                        os.rmdir(folder)
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly below `prefix`, which ends in `/`. On a file system empty ones too, and those
+        that hold only the lock file of a killed write, which is no key."""
+        if self.spec["driver"] == "file":
+            path = Path(self.spec["path"] + prefix)
+            return sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+        return sorted({k.split("/", 1)[0] for k in self.keys(prefix) if "/" in k})
+
+    def delete(self, folder: str) -> None:
+        """Delete a folder, given with its closing `/`, and everything in it."""
+        if self.spec["driver"] == "file":
+            shutil.rmtree(self.spec["path"] + folder, ignore_errors=True)
+        else:
+            _result(self._kv.delete_range(_range(folder)), f"{self.url}: cannot delete {folder}")
 
     def below(self, path: str) -> dict[str, Any]:
         """kvstore spec of a sub-path."""

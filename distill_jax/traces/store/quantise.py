@@ -67,11 +67,16 @@ def encode(logprobs: np.ndarray, precision: str) -> np.ndarray:
         half = np.clip(logprobs, -65504.0, 0.0).astype("<f2")
         half = np.where(half > logprobs, np.nextafter(half, np.float16(-np.inf)), half)
         return np.ascontiguousarray(half).view("<u2")
-    x = np.minimum(-np.asarray(logprobs, np.float64), p.range)
-    low = np.floor(np.sqrt(np.maximum(x, 0.0) / p.range) * p.steps).astype(np.int64)
+    x = np.clip(-np.asarray(logprobs, np.float32), np.float32(0), np.float32(p.range))
+    below = np.minimum((np.sqrt(x * np.float32(p.steps**2 / p.range))).astype(np.int32), p.steps - 1)
+    return (below + (x > _middles(precision)[below])).astype(p.code)
+
+
+@cache
+def _middles(precision: str) -> np.ndarray:
+    """float32 [N]: the middle between each grid point and the next."""
     points = -grid(precision)
-    low = np.minimum(low, p.steps - 1)
-    return (low + (x > 0.5 * (points[low] + points[low + 1]))).astype(p.code)
+    return (0.5 * (points[1:] + points[:-1])).astype(np.float32)
 
 
 def decode(codes: np.ndarray, precision: str) -> np.ndarray:

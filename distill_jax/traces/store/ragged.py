@@ -117,7 +117,8 @@ def encode(table: Table) -> Encoded:
     rows = table.rows
     sizes = np.array([r.shape[1] for r in rows], np.int64)
     chunk = chunk_length(sizes, table.least, table.most)
-    keep = np.flatnonzero(np.any([r.any(axis=1) for r in rows], axis=0)) if rows else np.zeros(0, np.int64)
+    highest = [r.max(axis=1, initial=0) for r in rows]
+    keep = np.flatnonzero(np.max(highest, axis=0)) if rows else np.zeros(0, np.int64)
     sums = tuple(row_sum((row[i] for i in keep), seed) for row, seed in zip(rows, table.seeds, strict=True))
     first = first_chunks(sizes, chunk)
     shape = (int(first[-1]), len(keep), chunk)

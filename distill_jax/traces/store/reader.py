@@ -13,8 +13,8 @@ from distill_jax.traces.store.ragged import RaggedArray
 from distill_jax.traces.store.sealed import CorruptShard
 from distill_jax.traces.store.shards import Commit, Shards
 
-WINDOW = 64
-"""Rows in flight within one call: bounds memory, and hides the latency of an object store."""
+WINDOW = 32
+"""Rows a batch of reads. Two batches are in flight within a call: bounded memory, and latency is hidden."""
 HANDLES = 512
 """Open shards kept; a handle is a few kilobytes and holds no data."""
 
@@ -62,17 +62,22 @@ class Reader:
              ) -> Iterator[tuple[Commit, int, Mapping[str, Mapping[str, np.ndarray]]]]:
         """(commit, row within it, {table: {plane: uint8 [n]}}) of each row, in the order asked."""
         located = self.locate(ids)
-        for begin in range(0, len(located), WINDOW):
-            window = located[begin : begin + WINDOW]
-            batch = ts.Batch()
-            started = [[self._start(commit, row, t, batch) for t in tables] for commit, row in window]
-            batch.submit()
-            for (commit, row), futures in zip(window, started):
+        windows = [located[i : i + WINDOW] for i in range(0, len(located), WINDOW)]
+        started = [self._start(windows[0], tables)] if windows else []
+        for i, window in enumerate(windows):
+            if i + 1 < len(windows):  # the next window is fetched while this one is decoded
+                started.append(self._start(windows[i + 1], tables))
+            for (commit, row), futures in zip(window, started.pop(0)):
                 yield commit, row, {t: self._finish(commit, row, *f) for t, f in zip(tables, futures)}
 
-    def _start(self, commit: Commit, row: int, table: str, batch: Any) -> tuple[RaggedArray, Any]:
-        array = self._array(commit, table)
-        return array, array.start(row, batch)
+    def _start(self, window: list[tuple[Commit, int]], tables: Sequence[str]) -> list[list[tuple[RaggedArray, Any]]]:
+        batch = ts.Batch()  # reads of one shard share a read of its index
+        out = []
+        for commit, row in window:
+            arrays = [self._array(commit, t) for t in tables]
+            out.append([(a, a.start(row, batch)) for a in arrays])
+        batch.submit()
+        return out
 
     def _finish(self, commit: Commit, row: int, array: RaggedArray, future: Any) -> dict[str, np.ndarray]:
         try:

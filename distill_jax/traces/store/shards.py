@@ -7,6 +7,7 @@ The folder is named after its content, so that a second writer, or a resumed one
 touches the files of a committed shard; the loser of a race for one number gets an error.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,12 +41,13 @@ class Shards:
         self.prefix = prefix
         self.owner = owner  # checksum of the manifest or header: a commit of another store is noticed
         self.commits: list[Commit] = []
+        self._clean = False  # only the first shard a writer commits can have leftovers of one before it
         self.refresh()
 
     def refresh(self) -> None:
         """Read commits that appeared since. Raises CorruptShard for a changed, missing or foreign one."""
         folder = f"{self.prefix}shards/"
-        numbers = sorted(int(k[:-5]) for k in self.kv.list(folder) if k.endswith(".json") and k[:-5].isdigit())
+        numbers = sorted(int(k[:-5]) for k in self.kv.keys(folder) if k.endswith(".json") and k[:-5].isdigit())
         if numbers != list(range(len(numbers))):
             gap = next(i for i, n in enumerate(numbers) if i != n)
             raise CorruptShard(f"{self._key(gap)} is missing though later shards are there", shard=gap)
@@ -78,20 +80,31 @@ class Shards:
         arrays = {n: {**m.to_json(), "path": f"{place}{n}/"} for n, m in metas.items()}
         full = {**body, "shard": number, "first_row": self.total, "owner": self.owner, "arrays": arrays}
         data = seal(full, "the writer's state")
-        self.kv.write_many({f"{place}{n}/{f}": content for n, e in encoded.items() for f, content in e.files.items()})
+        try:
+            self.kv.write_many({f"{place}{n}/{f}": b for n, e in encoded.items() for f, b in e.files.items()})
+        except OSError:
+            self._drop(tag)  # frees what a full disk took; once the commit itself is tried, nothing is deleted
+            raise
         if not self.kv.write_new(self._key(number), data):
+            self.refresh()
+            if not any(m["path"].startswith(place) for m in self.commits[number].body["arrays"].values()):
+                self._drop(tag)
             raise ValueError(f"{self.kv.url}: another writer has committed {self._key(number)} meanwhile; one store "
                              "or signal takes one writer at a time. Run again to continue after its last shard")
         self.commits.append(Commit(number=number, first_row=self.total, body=full))
-        self._clean(number, f"{tag}/")
+        if not self._clean:
+            self._drop_leftovers(number, tag)
+            self._clean = True
 
-    def _clean(self, number: int, keep: str) -> None:
+    def _drop(self, tag: str) -> None:
+        with contextlib.suppress(OSError):
+            self.kv.delete(f"{self.prefix}data/{tag}/")
+
+    def _drop_leftovers(self, number: int, keep: str) -> None:
         """Delete what a killed writer left of this shard. Safe once it is committed: nobody can commit it again."""
-        folder = f"{self.prefix}data/"
-        start = f"{number:06d}-"
-        stale = {start + k.split("/", 1)[0] + "/" for k in self.kv.list(folder + start)} - {keep}
-        for name in sorted(stale):
-            self.kv.delete(folder + name)
+        for tag in self.kv.folders(f"{self.prefix}data/"):
+            if tag.startswith(f"{number:06d}-") and tag != keep:
+                self._drop(tag)
 
     def verify_files(self, commit: Commit) -> None:
         """Compare every data file of a shard with the checksums of its commit."""

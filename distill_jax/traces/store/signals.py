@@ -87,16 +87,14 @@ def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
     """Drop the least probable outcomes of each token beyond the first that reach `mass` (0.99 keeps 99% of what the
     row holds). What is dropped goes into the tail; absent outcomes cost no bytes."""
     order = np.argsort(-row.logprobs, axis=1, kind="stable")
-    p = np.take_along_axis(np.exp(row.logprobs.astype(np.float64)), order, axis=1)
-    before = np.cumsum(p, axis=1) - p
-    keep_sorted = before < mass * p.sum(axis=1, keepdims=True)
-    keep = np.zeros_like(keep_sorted)
-    np.put_along_axis(keep, order, keep_sorted, axis=1)
-    keep &= row.ids >= 0
-    tail = 1.0 - np.sum(np.exp(row.logprobs.astype(np.float64)), axis=1) if row.tail is None else row.tail
-    dropped = np.sum(np.exp(row.logprobs.astype(np.float64)), axis=1, where=~keep)
-    return TopKRow(ids=np.where(keep, row.ids, -1), logprobs=np.where(keep, row.logprobs, -np.inf), mask=row.mask,
-                   tail=np.clip(tail + dropped, 0.0, 1.0).astype(np.float32))
+    ids, lp = np.take_along_axis(row.ids, order, axis=1), np.take_along_axis(row.logprobs, order, axis=1)
+    p = np.exp(lp)
+    upto = np.cumsum(p, axis=1, dtype=np.float64)
+    keep = (upto - p < mass * upto[:, -1:]) & (ids >= 0)
+    tail = 1.0 - upto[:, -1] if row.tail is None else row.tail
+    tail = np.clip(tail + p.sum(axis=1, dtype=np.float64, where=~keep), 0.0, 1.0).astype(np.float32)
+    return TopKRow(ids=np.where(keep, ids, -1), logprobs=np.where(keep, lp, np.float32(-np.inf)), mask=row.mask,
+                   tail=tail)
 
 
 class TopKCodec:
@@ -114,8 +112,9 @@ class TopKCodec:
     def encode(self, row: SignalRow, length: int) -> Planes:
         """{table: byte planes}. Raises ValueError for a row that is not a log-probability table of this length."""
         ids, logprobs, mask, tail = self._checked(row, length)
-        order = np.lexsort((ids, -logprobs), axis=1)
-        ids, logprobs = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
+        if np.any(logprobs[:, 1:] > logprobs[:, :-1]):
+            order = np.argsort(-logprobs, axis=1, kind="stable")
+            ids, logprobs = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
         there = ids >= 0
         kept = np.where(mask, there.sum(axis=1) + 1, 0)
         codes = quantise.encode(logprobs[there], self.precision)
@@ -127,30 +126,32 @@ class TopKCodec:
                 "outcomes": to_planes({"id": (ids[there], 3), "code": (delta, width["outcomes"]["code"])})}
 
     def _checked(self, row: SignalRow, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """ids int32 and log-probs float32 [T,K] (-1 and -inf where absent), mask [T], tail float64 [T]."""
         if not isinstance(row, TopKRow):
             raise ValueError(f"this signal takes TopKRow, got {type(row).__name__}")
-        ids, lp = np.asarray(row.ids), np.asarray(row.logprobs, np.float64)
-        mask = np.asarray(row.mask, bool)
+        ids, lp, mask = np.asarray(row.ids), np.asarray(row.logprobs, np.float32), np.asarray(row.mask, bool)
         if ids.ndim != 2 or ids.shape != lp.shape or len(ids) != length or ids.shape[1] > self.k:
             raise ValueError(f"expected ids and logprobs [{length}, at most {self.k}], got {ids.shape} {lp.shape}")
         if mask.shape != (length,):
             raise ValueError(f"expected mask [{length}], got {mask.shape}")
-        there = (ids >= 0) & mask[:, None]
-        ids = np.where(there, ids, -1).astype(np.int64)
         if ids.max(initial=-1) > MAX_ID:
             raise ValueError(f"token id {ids.max()} does not fit: ids go to {MAX_ID}")
-        if not np.all(np.isfinite(lp[there])) or np.any(lp[there] > 1e-3):
+        there = (ids >= 0) & mask[:, None]
+        ids = np.where(there, ids, -1).astype(np.int32)
+        lp = np.where(there, lp, np.float32(-np.inf))
+        if not np.all(np.isfinite(lp) == there) or lp.max(initial=-np.inf) > 1e-3:
             raise ValueError("log-probs of kept outcomes must be finite and at most 0; give outcomes of "
                              "probability 0 the id -1")
         ordered = np.sort(ids, axis=1)
         if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)):
             raise ValueError("an outcome occurs twice at one token")
-        lp = np.where(there, np.minimum(lp, 0.0), -np.inf)
-        total = np.exp(lp).sum(axis=1)
+        total = np.exp(lp).sum(axis=1, dtype=np.float64)
         if np.any(total > 1.001):
             raise ValueError(f"probabilities of one token sum to {total.max():.6f}: these are not log-probabilities "
                              "over the full vocabulary")
-        lp = lp - np.log(np.maximum(total, 1.0))[:, None]  # float noise above 1
+        if total.max(initial=0) > 1:  # float noise
+            lp = np.nextafter(lp - np.log(np.maximum(total, 1.0))[:, None].astype(np.float32), np.float32(-np.inf))
+        lp = np.minimum(lp, np.float32(0))
         rest = np.maximum(1.0 - total, 0.0)
         tail = rest if row.tail is None else np.where(mask, np.asarray(row.tail, np.float64), 1.0)
         if tail.shape != (length,) or not np.all(np.abs(tail - rest)[mask] < 1e-3):
@@ -163,33 +164,38 @@ class TopKCodec:
         mask = kept > 0
         count = np.maximum(kept - 1, 0)
         total = int(count.sum())
-        outcomes = tables["outcomes"]
-        flat_ids = column(outcomes, "id", total)
-        delta = column(outcomes, "code", total, self._code.newbyteorder("="))
+        flat_ids = column(tables["outcomes"], "id", total)
+        delta = column(tables["outcomes"], "code", total, self._code.newbyteorder("="))
         codes = np.cumsum(delta, dtype=delta.dtype)
+        lp = quantise.decode(codes, self.precision)
         tails = column(tables["tokens"], "tail", length, np.uint32)
-        width = self.k
-        there = None if total == length * width else np.arange(width) < count[:, None]
-        ids = _spread(flat_ids, there, (length, width), np.int32(-1))
-        lp = _spread(quantise.decode(codes, self.precision), there, (length, width), np.float32(-np.inf))
-        if not self._graded:
+        if self._graded:
+            tail = np.where(mask, quantise.decode_tail(tails), np.float32(1))
+            lp = self._scaled(lp, codes, count, tail)
+        else:
             tail = np.where(mask, tails.view(np.float32), np.float32(1))
-            return TopKRow(ids=ids, logprobs=lp, mask=mask, tail=tail)
-        tail = np.where(mask, quantise.decode_tail(tails), np.float32(1))
-        p = _spread(quantise.probabilities(codes, self.precision), there, (length, width), np.float32(0))
-        scale = np.zeros(length, np.float32)
-        some = count > 0
-        np.log((1 - tail) / np.where(some, p.sum(axis=1), 1), out=scale, where=some & (tail < 1))
-        lp += scale[:, None]
-        return TopKRow(ids=ids, logprobs=np.minimum(lp, np.float32(0), out=lp), mask=mask, tail=tail)
+        ids = _spread(flat_ids, count, self.k, np.int32(-1))
+        return TopKRow(ids=ids, logprobs=_spread(lp, count, self.k, np.float32(-np.inf)), mask=mask, tail=tail)
+
+    def _scaled(self, lp: np.ndarray, codes: np.ndarray, count: np.ndarray, tail: np.ndarray) -> np.ndarray:
+        """Log-probs moved by one number a token so that the kept mass is 1 - tail."""
+        some = np.flatnonzero(count)
+        if not len(some):
+            return lp
+        begins = np.cumsum(count)[some] - count[some]
+        mass = np.add.reduceat(quantise.probabilities(codes, self.precision), begins)
+        left = np.maximum(1 - tail[some], np.float32(1e-30))
+        return np.minimum(lp + np.repeat(np.log(left / mass), count[some]), np.float32(0))
 
 
-def _spread(flat: np.ndarray, there: np.ndarray | None, shape: tuple[int, int], empty: Any) -> np.ndarray:
-    """Ragged entries into [T,K]; `there` None means that every place is filled."""
-    if there is None:
-        return flat.reshape(shape)
-    out = np.full(shape, empty)
-    out[there] = flat
+def _spread(flat: np.ndarray, count: np.ndarray, width: int, empty: Any) -> np.ndarray:
+    """Ragged entries into [T, width], `count` of them in each row."""
+    full = count == width
+    out = np.full((len(count), width), empty)
+    if len(flat) == width * int(full.sum()):  # rows are full or empty: whole rows move
+        out[full] = flat.reshape(-1, width)
+    else:
+        out[np.arange(width) < count[:, None]] = flat
     return out
 
 

@@ -65,7 +65,7 @@ class TraceStore:
         """A new, empty store. Raises ValueError where one is already."""
         kv = Kv(url)
         data = seal({"format": FORMAT, "version": VERSION, "header": header.to_json()}, "the store's header")
-        if kv.read(MANIFEST) is not None or kv.list("shards/"):
+        if kv.read(MANIFEST) is not None or kv.keys("shards/"):
             raise ValueError(f"{kv.url} already holds a store; open it, or write to another place")
         if not kv.write_new(MANIFEST, data):
             raise ValueError(f"{kv.url}: another process has created a store here meanwhile")
@@ -164,7 +164,7 @@ class TraceStore:
 
     def signals(self) -> list[str]:
         """Names of the signals."""
-        return sorted({k.split("/")[0] for k in self.kv.list("signals/") if k.endswith("/header.json")})
+        return sorted({k.split("/")[0] for k in self.kv.keys("signals/") if k.endswith("/header.json")})
 
     def signal(self, name: str) -> "SignalReader":
         """A signal by name. Raises ValueError with the names there are."""
