@@ -7,7 +7,7 @@ import numpy as np
 
 from distill_jax.core.roles import INJECTED, SUPERVISED, TEMPLATE
 from distill_jax.data.conversation import Piece
-from distill_jax.data.spans import from_lengths
+from distill_jax.data.spans import from_lengths, from_starts
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.traces.store import Row
 from distill_jax.traces.trace import Trace
@@ -34,7 +34,7 @@ def assemble(trace: Trace, chunks: Sequence[Chunk], encoded: Sequence[tuple[np.n
         pieces += _moved(chunk.pieces, base)
         base += len(chunk.raw)
     tokens = np.concatenate(ids).astype(np.int32)
-    where = np.concatenate(spans).astype(np.int64)
+    where = from_starts(np.concatenate(spans)[:, 0], base).astype(np.int64)  # a chunk may have no token at all
     owner = np.searchsorted(np.array([p.start for p in pieces]), where[:, 0], "right") - 1
     parts = np.array([p.part for p in pieces], np.int16)[owner]
     shift = np.array([p.start - p.offset if p.part >= 0 else 0 for p in pieces])[owner]
