@@ -120,7 +120,7 @@ def compare(answer: str, gold: str, kind: Kind) -> tuple[bool | None, str]:
         if a is not None and g is not None:
             return same_number(a, g, percent=is_percent(answer) != is_percent(gold)), "number"
         return (None if is_formula(answer) and is_formula(gold) else False), "math"
-    return False, "text"
+    return _words(answer) == _words(gold) and bool(_words(gold)), "text"
 
 
 def same_number(a: Fraction, b: Fraction, percent: bool = False) -> bool:
@@ -154,7 +154,8 @@ def is_formula(text: str) -> bool:
     """Whether math-verify can be asked: algebra of bounded size and depth, in signs and commands that it knows."""
     text = plain(text)
     known = all(name in _KNOWN for name in re.findall(r"\\([a-zA-Z]+)", text))
-    return known and len(text) <= 500 and max_depth(text) <= 30 and text.isascii() and any(map(str.isalnum, text))
+    listed = re.search(r"[0-9]\s+[0-9]|\n", text)  # a grid of digits would be read as their product
+    return known and not listed and len(text) <= 500 and max_depth(text) <= 30 and text.isascii() and any(map(str.isalnum, text))
 
 
 def max_depth(text: str) -> int:

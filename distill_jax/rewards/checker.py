@@ -122,13 +122,17 @@ class Checker:
     def map(self, queries: Iterable[Query]) -> list[Verdict]:
         """Verdicts in the order of the queries, algebra in parallel."""
         steps = [decide(q.completion, q.golds, q.kind) for q in queries]
-        pending = [s for s in steps if isinstance(s, Pending)]
+        settled = iter(self.settle([s for s in steps if isinstance(s, Pending)]))
+        return [s if isinstance(s, Verdict) else next(settled) for s in steps]
+
+    def settle(self, pending: Sequence[Pending]) -> list[Verdict]:
+        """What `decide` left open, in order, in parallel."""
         if not pending:
-            return [s for s in steps if isinstance(s, Verdict)]
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="checker")
-        done = self._threads.map(self._algebra, pending)
-        return [s if isinstance(s, Verdict) else next(done) for s in steps]
+            return []
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="checker")
+        return list(self._threads.map(self._algebra, pending))
 
     def _algebra(self, step: Pending) -> Verdict:
         timed_out = crashed = False

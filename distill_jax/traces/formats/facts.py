@@ -62,6 +62,8 @@ def find_gold(row: Row, fields: Fields, response: str | None) -> tuple[str | Non
     if path is None or blank(value):
         return None, path
     text = as_text(value[0] if isinstance(value, list) else value).strip()
+    if text == "None":  # Python's None, written as text by many scripts
+        return None, path
     end = final_answer(text)
     if end is None:
         end = text.lstrip("#").strip()

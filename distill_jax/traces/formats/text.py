@@ -4,8 +4,9 @@ The rule on white space, everywhere in the package: a thinking block is rendered
 
     <think>\\n{thinking}\\n</think>\\n\\n{answer}
 
-so an importer takes away exactly those newlines where they are there (at most one after the opening tag, one before
-the closing tag, two before the answer) and nothing else. Splitting a rendered turn gives the trace back exactly.
+and the renderer adds those newlines where the text does not have them. So an importer takes away the one newline after
+the opening tag, the one before the closing tag and the one or two before the answer. Where a teacher wrote more of
+them, all stay in the text. Nothing else is touched: rendering gives back every turn that had the newlines at all.
 """
 
 import json
@@ -82,13 +83,16 @@ def split_response(text: str, prompt_opens: bool = False) -> Split:
 
 
 def strip_thinking(text: str) -> str:
-    """Without the newline after the opening and the one before the closing tag."""
-    return text.removeprefix("\n").removesuffix("\n")
+    """Without the newline after the opening and the one before the closing tag; longer runs of newlines stay."""
+    if len(text) <= 2 and not text.strip("\n"):
+        return ""
+    text = text if text.startswith("\n\n") else text.removeprefix("\n")
+    return text if text.endswith("\n\n") else text.removesuffix("\n")
 
 
 def strip_answer(text: str) -> str:
-    """Without the two newlines after the closing tag."""
-    return text.removeprefix("\n").removeprefix("\n")
+    """Without the one or two newlines after the closing tag; a longer run stays."""
+    return text if text.startswith("\n\n\n") else text.lstrip("\n")
 
 
 def unwrap(rest: str, tags: Tags) -> str:
