@@ -12,6 +12,7 @@ import sys
 import typer
 
 COMMANDS: dict[str, str] = {
+    "import": "distill_jax.cli.import_cmd:import_",
     "world": "distill_jax.cli.world_cmd:world",
 }
 """name -> `module:function`; modules are imported only when their command runs, so `--help` stays fast."""

@@ -154,8 +154,9 @@ def is_formula(text: str) -> bool:
     """Whether math-verify can be asked: algebra of bounded size and depth, in signs and commands that it knows."""
     text = plain(text)
     known = all(name in _KNOWN for name in re.findall(r"\\([a-zA-Z]+)", text))
-    listed = re.search(r"[0-9]\s+[0-9]|\n", text)  # a grid of digits would be read as their product
-    return known and not listed and len(text) <= 500 and max_depth(text) <= 30 and text.isascii() and any(map(str.isalnum, text))
+    grid = re.search(r"[0-9]\s+[0-9]|\n", text)  # digits side by side would be read as their product
+    bounded = len(text) <= 500 and max_depth(text) <= 30
+    return known and not grid and bounded and text.isascii() and any(map(str.isalnum, text))
 
 
 def max_depth(text: str) -> int:
