@@ -17,7 +17,7 @@ from distill_jax.core import spec
 from distill_jax.data.sources import Mix, Store, check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
-from distill_jax.loading import load
+from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
 from distill_jax.models.transformer import Transformer
@@ -47,7 +47,7 @@ def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider
     """Load or initialise a provider on the mesh. Raises ValueError where the tokenizer has more ids than the head."""
     dtype = jnp.dtype(student.precision)
     where = context.resolve(student.model) if student.model else ""
-    tokenizer = load_tokenizer(context.resolve(student.tokenizer) if student.tokenizer else where)
+    tokenizer = load_tokenizer(context.resolve(student.tokenizer) if student.tokenizer else local_folder(where))
     if student.config is not None:
         config = dataclasses.replace(student.config, real_vocab=min(tokenizer.real, student.config.vocab_size))
         model = Transformer(config)
@@ -128,7 +128,8 @@ def identity(stage: Stage) -> str:
 def write_model_files(folder: Path, student: Provider) -> None:
     """`config.json` and the tokenizer beside the checkpoints, in the Hugging Face layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(families.to_hf(student.model.config), indent=2) + "\n")
+    config = dataclasses.replace(student.model.config, real_vocab=None)  # the tokenizer beside it says so
+    (folder / "config.json").write_text(json.dumps(families.to_hf(config), indent=2) + "\n")
     student.tokenizer.save(folder)
 
 
