@@ -15,6 +15,7 @@ COMMANDS: dict[str, str] = {
     "import": "distill_jax.cli.import_cmd:import_",
     "train": "distill_jax.cli.train_cmd:train",
     "plan": "distill_jax.cli.plan_cmd:plan",
+    "store": "distill_jax.cli.store_cmd:app",
     "world": "distill_jax.cli.world_cmd:world",
 }
 """name -> `module:function`; modules are imported only when their command runs, so `--help` stays fast."""

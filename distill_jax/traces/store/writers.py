@@ -72,6 +72,8 @@ class StoreWriter(_Writer):
     def append(self, row: Row, state: dict[str, Any] | None = None) -> int:
         """Add a row, and set `state` to what holds after it. Returns the row's id; commits when a shard is whole."""
         arrays = checked(row)
+        if int(arrays.parts.max()) >= len(row.trace.segments):
+            raise ValueError(f"row.parts: segment {arrays.parts.max()} of a trace with {len(row.trace.segments)}")
         document = np.frombuffer(encode_document(row.text, row.trace), np.uint8)
         if state is not None:
             self.state = state

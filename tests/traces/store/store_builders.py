@@ -22,7 +22,7 @@ def make_row(i: int, low: int = 1, high: int = 300) -> Row:
     trace = simple_trace(f"question {i % 7}", f"thinking {i} \u4f60", "answer", verdict=(None, True, False)[i % 3],
                          flags=("truncated",) if i % 5 == 0 else (), encoded=encoded, meta={"k": i})
     return Row(tokens=rng.integers(0, 151_665, n).astype(np.int32), roles=rng.integers(1, 9, n).astype(np.uint8),
-               steps=rng.integers(0, 4, n).astype(np.int32), parts=rng.integers(-1, 4, n).astype(np.int16),
+               steps=rng.integers(0, 4, n).astype(np.int32), parts=rng.integers(-1, 3, n).astype(np.int16),
                spans=np.stack([ends - length, ends], 1).astype(np.int32), trace=trace,
                text=f"<user>question {i % 7}\nthinking {i} \u4f60 answer\ud800")
 

@@ -181,6 +181,7 @@ def test_full_disk_for_real(small_disk, tmp_path):
     ({"roles": np.array([1, 2])}, r"roles: expected integers of shape \(3,\)"),
     ({"roles": np.array([1, 2, 9])}, "roles: values run from 1 to 9"),
     ({"parts": np.array([-2, 0, 0])}, "parts: values run from -2"),
+    ({"parts": np.array([0, 1, 3])}, "segment 3 of a trace with 3"),
     ({"spans": np.array([[0, 1], [3, 2], [2, 3]])}, "ends before it starts"),
 ])
 def test_bad_rows(tmp_path, change, message):
