@@ -15,7 +15,8 @@ Url = Annotated[str, typer.Argument(help="folder, gs:// or s3:// URL of a trace 
 def inspect(
     url: Url,
     row: Annotated[int, typer.Option(help="row to show token by token")] = 0,
-    tokens: Annotated[int, typer.Option(help="tokens of that row listed one a line")] = 32,
+    tokens: Annotated[int, typer.Option(help="tokens of that row listed one a line", min=0)] = 32,
+    start: Annotated[int | None, typer.Option(help="first token listed; default: where supervision begins")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="to decode with; default: the one the header names")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON instead")] = False,
 ) -> None:
@@ -36,7 +37,7 @@ def inspect(
         tok, why = open_tokenizer(store, tokenizer)
         if tok is None:
             console.print(f"\ntokens are slices of the stored text (--tokenizer to decode them): {why}", markup=False)
-        print_row(store, row, tok, tokens, console)
+        print_row(store, row, tok, console, tokens=tokens, start=start)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill_jax.core.roles import ROLE_STYLE, Role
+from distill_jax.core.roles import ROLE_STYLE, SUPERVISED, Role
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.traces.store import Row, SignalReader, TopKRow, TraceStore
 
@@ -177,8 +177,10 @@ def running_text(raw: Sequence[bytes], roles: Sequence[Role]) -> Text:
     return out
 
 
-def print_row(store: TraceStore, number: int, tok: Tokenizer | None, tokens: int, console: Console) -> None:
-    """A row as running text coloured by role, then its first `tokens` tokens one a line with what the teacher said."""
+def print_row(store: TraceStore, number: int, tok: Tokenizer | None, console: Console, *, tokens: int = 32,
+              start: int | None = None) -> None:
+    """A row as running text coloured by role, then `tokens` of its tokens one a line with what the teacher said, from
+    `start`, or from just before the first that a loss is taken on."""
     if not 0 <= number < len(store):
         raise ValueError(f"no row {number}; rows run from 0 to {len(store) - 1}")
     row = store.row(number)
@@ -194,7 +196,10 @@ def print_row(store: TraceStore, number: int, tok: Tokenizer | None, tokens: int
     table = Table(box=None, pad_edge=False)
     for name in ("t", "id", "token", "role", "step", "segment", *signals):
         table.add_column(name, justify="right" if name in ("t", "id", "step") else "left", no_wrap=True)
-    for t in range(min(tokens, len(row))):
+    if start is None:
+        supervised = np.flatnonzero(np.isin(row.roles, [int(r) for r in SUPERVISED]))
+        start = max(0, int(supervised[0]) - 4) if len(supervised) else 0
+    for t in range(max(0, start), min(start + tokens, len(row))):
         style, part = ROLE_STYLE[roles[t]], int(row.parts[t])
         place = "-" if part < 0 else f"{part}[{row.spans[t, 0]}:{row.spans[t, 1]}]"
         cells = [Text(str(t)), Text(str(row.tokens[t])), Text(_shown(raw[t]), style=style),
@@ -202,7 +207,7 @@ def print_row(store: TraceStore, number: int, tok: Tokenizer | None, tokens: int
         table.add_row(*cells, *(Text(_said(s, t, tok)) for s in signals.values()))
     console.print(table)
     if tokens < len(row):
-        console.print(Text(f"... {len(row) - tokens} more tokens (--tokens {len(row)} shows all)", style="dim"))
+        console.print(Text(f"{tokens} of {len(row)} tokens; --start and --tokens show others", style="dim"))
 
 
 def _visible(text: str) -> str:
