@@ -69,6 +69,19 @@ def keep_min_p(logits: Array, p: float) -> Array:
     return jnp.where(logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p), logits, -jnp.inf)
 
 
+def filtered(logits: Array, sampling: Sampling) -> tuple[Array, Array | None]:
+    """float32 logits [B,V] -> tempered logits [B,N], -inf where excluded, and the ids i32 [B,N] they are of (None:
+    the vocabulary in order)."""
+    logits, ids = logits / sampling.temperature, None
+    if sampling.top_k:
+        logits, ids = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p > 0:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits, ids
+
+
 def row_keys(seeds: Array) -> Array:
     """uint32 seeds [B] -> a random key per row."""
     return jax.vmap(lambda s: jax.random.key(s, impl=IMPL))(seeds)
@@ -81,13 +94,7 @@ def choose(logits: Array, keys: Array, sampling: Sampling) -> tuple[Array, Array
     """
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
-    logits, ids = logits / sampling.temperature, None
-    if sampling.top_k:
-        logits, ids = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
+    logits, ids = filtered(logits, sampling)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     pick = jnp.argmax(logits + noise, axis=-1)
     token = pick if ids is None else at(ids, pick)

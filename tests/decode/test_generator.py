@@ -1,5 +1,7 @@
 """The decode loop and the Generator against the full forward pass of real (tiny) models."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +23,17 @@ def prompts(lengths, seed=0):
 
 def full_logprobs(model, params, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of one row: log-softmax [T,V] of the plain forward pass, and the trainer's log-prob of each token [T]."""
-    hidden = model.apply({"params": params}, jnp.asarray(ids)[None], method="hidden").hidden
-    logits = model.head(params).logits(hidden)
-    trainer, _ = lift_tokens(hidden, model.head(params), jnp.asarray(ids)[None])
-    return np.asarray(jax.nn.log_softmax(logits, -1))[0], np.asarray(trainer)[0]
+    padded = np.zeros((1, 24), np.int32)
+    padded[0, :len(ids)] = ids
+    logp, trainer = forward(model, params, padded)
+    return np.asarray(logp)[0, :len(ids)], np.asarray(trainer)[0, :len(ids)]
+
+
+@partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    hidden = model.apply({"params": params}, tokens, method="hidden").hidden
+    head = model.head(params)
+    return jax.nn.log_softmax(head.logits(hidden), -1), lift_tokens(hidden, head, tokens)[0]
 
 
 @pytest.mark.parametrize("config, sampling", [
@@ -81,17 +90,18 @@ def test_order_seeds_and_neighbours():
     model, params = make(PLAIN)
     lengths = [3, 30, 8, 17, 5, 24, 9]
     asked, sampling = prompts(lengths), Sampling(temperature=1.0, top_p=0.95, max_new_tokens=6)
-    together = Generator(model, params, batch_size=2).generate(asked, sampling, range(7))
+    gen = Generator(model, params, batch_size=4, buckets=(16, 32))
+    together = gen.generate(asked, sampling, range(7))
     one_bucket = Generator(model, params, batch_size=8, buckets=(32,)).generate(asked, sampling, range(7))
-    alone = Generator(model, params).generate([asked[3]], sampling, [3])
+    alone = Generator(model, params, buckets=(16, 32)).generate([asked[3]], sampling, [3])
     for a, b in zip(together, one_bucket):
         assert a.ids.tolist() == b.ids.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=LOGPROB_TOLERANCE)
     assert alone[0].ids.tolist() == together[3].ids.tolist()
-    again = Generator(model, params, batch_size=2).generate(asked, sampling, range(7))
+    again = gen.generate(asked, sampling, range(7))
     assert all((a.logprobs == b.logprobs).all() for a, b in zip(together, again))  # to the bit
-    twice = Generator(model, params, batch_size=2).generate([asked[0]] * 2, sampling, [5, 6 + 2**40])
-    assert twice[0].ids.tolist() != twice[1].ids.tolist()
+    twice = gen.generate([asked[2]] * 4, sampling, [5, 6 + 2**40, 6, 7])
+    assert twice[0].ids.tolist() != twice[1].ids.tolist() == twice[2].ids.tolist()
 
 
 def test_one_compile_per_bucket():

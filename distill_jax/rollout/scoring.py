@@ -1,0 +1,270 @@
+"""Teacher signals of rows: one forward pass, then the head over chunks of the tokens that are asked for.
+
+B rows, T tokens, N tokens a batch is asked about, K kept outcomes, V vocabulary. The hidden state of token t-1 says
+what the teacher thinks of token t, so the first token of a row has no signal. `[B,T,V]` never exists.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from distill_jax.core.head import Head
+from distill_jax.core.roles import NUM_ROLES, SUPERVISED, Role
+from distill_jax.decode.generator import bucket
+from distill_jax.decode.loop import compute_params
+from distill_jax.sharding import batch_spec
+from distill_jax.traces.store import TokenRow, TopKRow
+
+Array = Any
+P = PartitionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalSpec:
+    """Which signal: `topk` with k outcomes, or `token` (k = 0). Written `topk:64` and `token`."""
+
+    kind: str
+    k: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "SignalSpec":
+        kind, _, k = text.partition(":")
+        if (kind == "token" and not k) or (kind == "topk" and k.isdigit() and int(k) > 0):
+            return cls(kind=kind, k=int(k or 0))
+        raise ValueError(f"unknown signal {text!r}; expected topk:K (for example topk:64) or token")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.k}" if self.k else self.kind
+
+
+class Rows(Protocol):
+    """What is scored: tokens i32 [T] and roles u8 [T] of one row."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def roles(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over scored tokens, by role (float64 [roles] each): their count, the teacher's negative log-likelihood of
+    the tokens that stand there, its entropy (nats, whole vocabulary), and the mass of the kept outcomes."""
+
+    count: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROLES))
+    nll: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROLES))
+    entropy: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROLES))
+    mass: np.ndarray = field(default_factory=lambda: np.zeros(NUM_ROLES))
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(**{k: v + getattr(other, k) for k, v in vars(self).items()})
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {k: v.tolist() for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, list[float]]) -> "Totals":
+        return cls(**{k: np.asarray(v, np.float64) for k, v in value.items()})
+
+    def means(self) -> dict[str, Any]:
+        """`{"tokens", "nll", "entropy", "mass", "by_role": {role: the same}}`; nothing where no token was scored."""
+        def of(index: Any) -> dict[str, float]:
+            n = float(self.count[index].sum())
+            return {"tokens": int(n)} | {k: float(getattr(self, k)[index].sum()) / n
+                                         for k in ("nll", "entropy", "mass") if n}
+        return of(slice(None)) | {"by_role": {Role(r).name.lower(): of([r]) for r in np.flatnonzero(self.count)}}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """What the device returns for N places, of which the first are filled: ids, logprobs [N,K] of the kept outcomes,
+    most probable first; tail [N]: the mass of all others; token, entropy [N]."""
+
+    ids: Array
+    logprobs: Array
+    tail: Array
+    token: Array
+    entropy: Array
+
+
+class Scorer:
+    """Scores rows with a teacher. Compiled once per bucket of row lengths.
+
+    batch_tokens  padded tokens of a batch
+    chunk         tokens whose logits exist at a time, per device
+    on            roles to score; None: every token but a row's first
+    real          number of real token ids; others get no mass. Default: as the model's head says
+    buckets       row lengths to pad to; default: see `decode.generator.bucket`
+    """
+
+    def __init__(self, model: Any, params: Any, spec: SignalSpec, *, batch_tokens: int = 16384, chunk: int = 512,
+                 on: tuple[Role, ...] | None = SUPERVISED, real: int | None = None, buckets: Sequence[int] = (),
+                 mesh: Mesh | None = None) -> None:
+        self.model, self.params, self.spec, self.mesh = model, params, spec, mesh
+        self.batch_tokens, self.on, self.buckets = batch_tokens, on, tuple(buckets)
+        vocab = model.config.vocab_size
+        known = [n for n in (real, model.config.real_vocab, vocab) if n is not None]
+        self.static = {"k": spec.k, "chunk": chunk, "real": min(known), "mesh": mesh}
+        if spec.k > self.static["real"]:
+            raise ValueError(f"{spec}: the teacher has only {self.static['real']} token ids; ask for fewer")
+
+    def __call__(self, rows: Sequence[Rows]) -> tuple[list[TopKRow | TokenRow], Totals]:
+        """The signal of every row, in order, and sums for the report. Deterministic: the same rows give the same
+        bits. Raises ValueError for a row longer than the model's context, or with an id the teacher does not have.
+        """
+        self._check(rows)
+        out: list[TopKRow | TokenRow | None] = [None] * len(rows)
+        totals, waiting = Totals(), None
+        for job in [*self._batches([len(r.tokens) for r in rows]), None]:
+            running = None if job is None else self._run([rows[i] for i in job[0]], job)
+            if waiting is not None:  # read one batch while the next one runs
+                totals += self._collect(rows, out, *waiting)
+            waiting = running
+        return [r for r in out if r is not None], totals
+
+    def _check(self, rows: Sequence[Rows]) -> None:
+        limit, vocab = self.model.config.context_length, self.model.config.vocab_size
+        for i, row in enumerate(rows):
+            if len(row.tokens) > limit:
+                raise ValueError(f"row {i} has {len(row.tokens)} tokens, the teacher's context is {limit}: drop or "
+                                 "cut long traces, or use a teacher with a longer context")
+            if len(row.tokens) and int(row.tokens.max()) >= vocab:
+                raise ValueError(f"row {i} holds token id {int(row.tokens.max())}, the teacher's vocabulary has "
+                                 f"{vocab} entries: the rows are of another tokenizer")
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[np.ndarray, int, int]]:
+        """(indices of rows, rows of the batch, its width): longest first, so that neighbours in length share one."""
+        order, start = np.argsort(-np.asarray(lengths, np.int64), kind="stable"), 0
+        multiple = _row_shards(self.mesh)
+        while start < len(order):
+            width = bucket(lengths[order[start]], self.buckets)
+            size = max(1, self.batch_tokens // width // multiple) * multiple
+            yield order[start:start + size], size, width
+            start += size
+
+    def _run(self, rows: Sequence[Rows], job: tuple[np.ndarray, int, int]) -> tuple[np.ndarray, np.ndarray, _Scores]:
+        """-> indices of the rows, wanted bool [rows of the batch, width], what the device makes of them."""
+        index, size, width = job
+        tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
+        wanted = np.zeros((size, width), bool)
+        for r, row in enumerate(rows):
+            tokens[r, :len(row.tokens)], lengths[r] = row.tokens, len(row.tokens)
+            wanted[r, :len(row.tokens)] = self.on is None or np.isin(row.roles, [int(x) for x in self.on or ()])
+        wanted[:, 0] = False
+        place = partial(_place, self.mesh)
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return index, wanted, _compiled(self.mesh)(
+                model=self.model, params=self.params, tokens=place(tokens), lengths=place(lengths),
+                wanted=place(wanted), **self.static)
+
+    def _collect(self, rows: Sequence[Rows], out: list[Any], index: np.ndarray, wanted: np.ndarray,
+                 scores: _Scores) -> Totals:
+        host: _Scores = jax.device_get(scores)
+        shards = _row_shards(self.mesh)
+        starts = _starts(wanted, len(host.token) // shards, shards)
+        totals = Totals()
+        for r, i in enumerate(index):
+            mask = wanted[r, :len(rows[i].tokens)]
+            here = slice(starts[r], starts[r] + int(mask.sum()))
+            out[i] = self._row(host, here, mask)
+            roles = np.asarray(rows[i].roles)[mask]
+            add = lambda x, roles=roles: np.bincount(roles, np.asarray(x, np.float64), NUM_ROLES)
+            totals += Totals(count=add(np.ones(len(roles))), nll=add(-host.token[here]),
+                             entropy=add(host.entropy[here]), mass=add(1 - host.tail[here]))
+        return totals
+
+    def _row(self, host: _Scores, here: slice, mask: np.ndarray) -> TopKRow | TokenRow:
+        spread = lambda values, empty: _spread(values[here], mask, empty)
+        if self.spec.kind == "token":
+            return TokenRow(logprobs=spread(host.token, np.float32(0)), mask=mask)
+        return TopKRow(ids=spread(host.ids, np.int32(-1)), logprobs=spread(host.logprobs, np.float32(-np.inf)),
+                       mask=mask, tail=spread(host.tail, np.float32(1)))
+
+
+def score_rows(model: Any, params: Any, rows: Sequence[Rows], spec: SignalSpec, **kwargs: Any
+               ) -> list[TopKRow | TokenRow]:
+    """The teacher's signal of every row, in order; keywords as for `Scorer`."""
+    return Scorer(model, params, spec, **kwargs)(rows)[0]
+
+
+def _row_shards(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else int(np.prod([mesh.shape[a] for a in batch_spec()[0]]))
+
+
+def _place(mesh: Mesh | None, rows: np.ndarray) -> Any:
+    if mesh is None:
+        return rows
+    return jax.make_array_from_callback(rows.shape, NamedSharding(mesh, batch_spec()), lambda i: rows[i])
+
+
+def _starts(wanted: np.ndarray, places: int, shards: int) -> np.ndarray:
+    """Where each row's entries begin: every shard of rows fills its own `places` from the front."""
+    counts = wanted.sum(axis=1).reshape(shards, -1)
+    return (np.cumsum(counts, axis=1) - counts + places * np.arange(shards)[:, None]).reshape(-1)
+
+
+def _spread(values: np.ndarray, mask: np.ndarray, empty: Any) -> np.ndarray:
+    out = np.full((len(mask), *values.shape[1:]), empty)
+    out[mask] = values
+    return out
+
+
+@cache
+def _compiled(mesh: Mesh | None) -> Any:
+    outs = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}
+    return jax.jit(_score, static_argnames=("model", "k", "chunk", "real", "mesh"), **outs)
+
+
+def _score(model: Any, params: Any, tokens: Array, lengths: Array, wanted: Array, k: int, chunk: int, real: int,
+           mesh: Mesh | None) -> _Scores:
+    """tokens i32 [B,T] right-padded; wanted bool [B,T]: which tokens to score."""
+    params = compute_params(params, model.dtype)
+    real_token = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+    hidden = model.apply({"params": params}, tokens, segment_ids=real_token.astype(jnp.int32), method="hidden").hidden
+    head = model.head(params)
+    head = Head(kernel=head.kernel, bias=head.bias, scale=head.scale, soft_cap=head.soft_cap, real=real)
+    score = partial(_score_places, k=k, chunk=chunk)
+    if mesh is not None:  # every device works on its own rows with the whole head
+        score = jax.shard_map(score, mesh=mesh, in_specs=(batch_spec(), batch_spec(), batch_spec(), P()),
+                              out_specs=batch_spec(), check_vma=False)
+    return score(hidden, tokens, wanted, head)
+
+
+def _score_places(hidden: Array, tokens: Array, wanted: Array, head: Head, *, k: int, chunk: int) -> _Scores:
+    """The wanted tokens, gathered to the front and taken through the head `chunk` at a time."""
+    rows, width, size = hidden.shape
+    chunk = min(chunk, rows * width)
+    places = -(-rows * width // chunk) * chunk
+    at = jnp.nonzero(wanted.reshape(-1), size=places, fill_value=1)[0]
+    flat, ids = hidden.reshape(-1, size), tokens.reshape(-1)
+    zeros = lambda *shape: jnp.zeros((places, *shape), jnp.float32)
+    empty = _Scores(ids=jnp.zeros((places, k), jnp.int32), logprobs=zeros(k), tail=zeros(), token=zeros(),
+                    entropy=zeros())
+
+    def body(i: Array, out: _Scores) -> _Scores:
+        here = jax.lax.dynamic_slice_in_dim(at, i * chunk, chunk)
+        new = _score_logits(head.logits(flat[here - 1]), ids[here], k)  # t-1 is the token before, in the same row
+        put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, i * chunk, axis=0)
+        return jax.tree.map(put, out, new)
+
+    used = (jnp.sum(wanted, dtype=jnp.int32) + chunk - 1) // chunk
+    return jax.lax.fori_loop(jnp.int32(0), used, body, empty)
+
+
+def _score_logits(logits: Array, token: Array, k: int) -> _Scores:
+    """float32 logits [C,V], token i32 [C] -> its scores. The tail is summed from what is left: 1 - sum cancels."""
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    p = jnp.exp(logp)
+    kept, ids = jax.lax.top_k(logp, k) if k else (logp[:, :0], jnp.zeros((logp.shape[0], 0), jnp.int32))
+    rest = p.at[jnp.arange(p.shape[0])[:, None], ids].set(0.0) if k else p
+    return _Scores(ids=ids, logprobs=kept, tail=jnp.sum(rest, axis=-1),
+                   token=jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0],
+                   entropy=-jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1))

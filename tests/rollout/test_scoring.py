@@ -1,0 +1,145 @@
+"""Offline teacher signals against the dense log-softmax of the same model."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax.core.roles import ANSWER, QUESTION, SUPERVISED, TEMPLATE, THINK
+from distill_jax.rollout import scoring
+from distill_jax.rollout.scoring import Scorer, SignalSpec, Totals, score_rows
+from distill_jax.sharding import make_mesh, param_shardings
+from tests.models.common import EVERYTHING, PLAIN, make
+
+
+@dataclass
+class Row:
+    tokens: np.ndarray
+    roles: np.ndarray
+
+
+def some_rows(lengths, seed=0) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    kinds = [int(r) for r in (TEMPLATE, QUESTION, THINK, ANSWER)]
+    return [Row(tokens=rng.integers(1, 57, n).astype(np.int32), roles=rng.choice(kinds, n).astype(np.uint8))
+            for n in lengths]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
+def dense(model, params, row: Row) -> np.ndarray:
+    """float64 [T,V]: entry t is the teacher's distribution of token t; nan at t = 0."""
+    padded = np.zeros((1, 24), np.int32)
+    padded[0, :len(row.tokens)] = row.tokens
+    logits = np.asarray(forward(model, params, padded)[0, :len(row.tokens)], np.float64)
+    logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(
+        -1, keepdims=True)
+    return np.concatenate([np.full((1, logits.shape[1]), np.nan), logp[:-1]])
+
+
+@pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_top_k_and_token_against_the_dense_model(config):
+    model, params = make(config)
+    rows = some_rows([9, 21, 2, 13, 5])
+    scorer = Scorer(model, params, SignalSpec.parse("topk:4"), batch_tokens=48, chunk=7, buckets=(24,))
+    signals, totals = scorer(rows)
+    nll, entropy, mass = np.zeros(9), np.zeros(9), np.zeros(9)
+    tokens = score_rows(model, params, rows, SignalSpec.parse("token"), buckets=(24,))
+    for row, got, token in zip(rows, signals, tokens):
+        table = dense(model, params, row)
+        want = np.isin(row.roles, SUPERVISED) & (np.arange(len(row.tokens)) > 0)
+        assert (got.mask == want).all() and (token.mask == want).all()
+        best = np.argsort(-table, axis=1, kind="stable")[:, :4]
+        assert (got.ids[want] == best[want]).all() and (got.ids[~want] == -1).all()
+        np.testing.assert_allclose(got.logprobs[want], np.take_along_axis(table, best, 1)[want], atol=2e-5)
+        assert np.isneginf(got.logprobs[~want]).all()
+        left = 1 - np.exp(np.take_along_axis(table, best, 1)).sum(1)
+        np.testing.assert_allclose(got.tail[want], left[want], atol=2e-6)
+        realised = table[np.arange(len(row.tokens)), row.tokens]
+        np.testing.assert_allclose(token.logprobs[want], realised[want], atol=2e-5)
+        h = -np.nansum(np.exp(table) * np.where(np.exp(table) > 0, table, 0), axis=1)
+        for total, value in ((nll, -realised), (entropy, h), (mass, 1 - left)):
+            np.add.at(total, row.roles[want], value[want])
+    for name, total in (("nll", nll), ("entropy", entropy), ("mass", mass)):
+        np.testing.assert_allclose(getattr(totals, name), total, rtol=1e-5, atol=1e-5)
+    means = totals.means()
+    n = sum(int(s.mask.sum()) for s in signals)
+    assert means["tokens"] == n and set(means["by_role"]) == {"think", "answer"}
+    assert means["nll"] == pytest.approx(nll.sum() / n, rel=1e-5)
+    assert Totals.from_json(totals.to_json()).means() == means
+
+
+def test_all_roles_and_fewer_real_ids():
+    model, params = make(PLAIN)
+    rows = some_rows([12, 3])
+    got = score_rows(model, params, rows, SignalSpec.parse("topk:57"), on=None, real=57)
+    for row, signal in zip(rows, got):
+        assert signal.mask.tolist() == [False] + [True] * (len(row.tokens) - 1)
+        assert signal.ids.max() < 57  # the four ids of vocabulary padding get nothing
+        np.testing.assert_allclose(np.exp(signal.logprobs[1:]).sum(1), 1, atol=1e-5)
+        assert (signal.tail[1:] == 0).all()
+
+
+def test_same_bits_again_and_padding_changes_nothing():
+    model, params = make(PLAIN)
+    rows, spec = some_rows([9, 14, 3, 11]), SignalSpec.parse("topk:3")
+    once = score_rows(model, params, rows, spec, batch_tokens=32)
+    again = score_rows(model, params, rows, spec, batch_tokens=32)
+    wide = score_rows(model, params, rows, spec, batch_tokens=96, buckets=(48,))
+    for a, b, c in zip(once, again, wide):
+        assert a.ids.tobytes() == b.ids.tobytes() and a.logprobs.tobytes() == b.logprobs.tobytes()
+        assert (a.ids == c.ids).all()
+        np.testing.assert_allclose(a.logprobs[a.mask], c.logprobs[a.mask], atol=2e-5)
+
+
+def test_compiles_once_per_bucket():
+    model, params = make(PLAIN, seed=9)
+    before = scoring._compiled(None)._cache_size()
+    score_rows(model, params, some_rows([15, 3, 16, 9, 4, 14]), SignalSpec.parse("token"), batch_tokens=32,
+               buckets=(8, 16))
+    assert scoring._compiled(None)._cache_size() - before == 2
+
+
+def test_no_logits_of_the_whole_batch():
+    model, params = make(PLAIN)
+    b, t, v = 4, 96, PLAIN.vocab_size
+    jaxpr = jax.make_jaxpr(scoring._score, static_argnums=(0, 5, 6, 7, 8))(
+        model, params, jnp.zeros((b, t), jnp.int32), jnp.zeros(b, jnp.int32), jnp.zeros((b, t), bool), 4, 32, v, None)
+    assert f"f32[32,{v}]" in str(jaxpr)
+    for shape in (f"[{b},{t},{v}]", f"[{b * t},{v}]"):
+        assert shape not in str(jaxpr)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1)])
+def test_on_a_mesh(shape):
+    model, params = make(PLAIN)
+    mesh = make_mesh(*shape)
+    placed = jax.device_put(params, param_shardings(mesh, params))
+    rows, spec = some_rows([9, 14, 3, 11, 2, 7, 16, 5, 8, 1]), SignalSpec.parse("topk:5")
+    want, totals = Scorer(model, params, spec, batch_tokens=64)(rows)
+    got, sharded = Scorer(model, placed, spec, batch_tokens=64, mesh=mesh)(rows)
+    for a, b in zip(want, got):
+        assert (a.mask == b.mask).all() and (a.ids == b.ids).all()
+        np.testing.assert_allclose(a.logprobs[a.mask], b.logprobs[a.mask], atol=2e-5)
+    np.testing.assert_allclose(totals.nll, sharded.nll, rtol=1e-5)
+
+
+def test_bad_requests():
+    model, params = make(PLAIN)
+    for text in ("topk", "topk:0", "topk:x", "token:3", "kl"):
+        with pytest.raises(ValueError, match="expected topk:K"):
+            SignalSpec.parse(text)
+    assert str(SignalSpec.parse("topk:64")) == "topk:64" and str(SignalSpec.parse("token")) == "token"
+    with pytest.raises(ValueError, match="only 61 token ids"):
+        Scorer(model, params, SignalSpec.parse("topk:62"))
+    with pytest.raises(ValueError, match="context is 4096"):
+        score_rows(model, params, some_rows([4097]), SignalSpec.parse("token"))
+    odd = Row(tokens=np.array([1, 61], np.int32), roles=np.array([1, 4], np.uint8))
+    with pytest.raises(ValueError, match="token id 61"):
+        score_rows(model, params, [odd], SignalSpec.parse("token"))
