@@ -3,9 +3,10 @@
 from distill_jax.traces.store.header import StoreHeader, compatible, differences
 from distill_jax.traces.store.rows import Row, RowArrays, RowIndex
 from distill_jax.traces.store.sealed import CorruptShard
+from distill_jax.traces.store.signal_io import SignalReader, SignalWriter
 from distill_jax.traces.store.signals import SignalHeader, TokenRow, TopKRow, truncate_mass
-from distill_jax.traces.store.store import SignalReader, TraceStore
-from distill_jax.traces.store.writers import SignalWriter, StoreWriter
+from distill_jax.traces.store.store import TraceStore
+from distill_jax.traces.store.writers import StoreWriter
 
 __all__ = [
     "CorruptShard", "Row", "RowArrays", "RowIndex", "SignalHeader", "SignalReader", "SignalWriter", "StoreHeader",

@@ -26,8 +26,8 @@ class Layout(Protocol):
         """int [rows]: entries of each row in an array."""
         ...
 
-    def seeds(self, commit: Commit) -> Sequence[int]:
-        """What the rows' checksums begin with."""
+    def seeds(self, commit: Commit, table: str) -> Sequence[int]:
+        """What the rows' checksums begin with in an array."""
         ...
 
 
@@ -70,6 +70,11 @@ class Reader:
             for (commit, row), futures in zip(window, started.pop(0)):
                 yield commit, row, {t: self._finish(commit, row, *f) for t, f in zip(tables, futures)}
 
+    def table(self, commit: Commit, name: str) -> Mapping[str, np.ndarray]:
+        """The byte planes of an array that a shard has once, not per row."""
+        array = self._array(commit, name)
+        return self._finish(commit, None, array, array.start(0))
+
     def _start(self, window: list[tuple[Commit, int]], tables: Sequence[str]) -> list[list[tuple[RaggedArray, Any]]]:
         batch = ts.Batch()  # reads of one shard share a read of its index
         out = []
@@ -79,15 +84,15 @@ class Reader:
         batch.submit()
         return out
 
-    def _finish(self, commit: Commit, row: int, array: RaggedArray, future: Any) -> dict[str, np.ndarray]:
+    def _finish(self, commit: Commit, row: int | None, array: RaggedArray, future: Any) -> dict[str, np.ndarray]:
         try:
-            return array.finish(row, future)
+            return array.finish(row or 0, future)
         except ValueError as e:
             where = f"{self.shards.kv.url}: {array.meta.path}"
             if is_transient(e):
                 raise as_os_error(e, where) from None
             raise CorruptShard(f"{where}: {str(e).splitlines()[0][:200]}", shard=commit.number,
-                               row=commit.first_row + row) from None
+                               row=None if row is None else commit.first_row + row) from None
 
     def _array(self, commit: Commit, table: str) -> RaggedArray:
         key = (commit.number, table)
@@ -98,7 +103,7 @@ class Reader:
                 return found
         meta = commit.array(table)
         made = RaggedArray(self.shards.kv.below(meta.path), meta, self._layout.sizes(commit, table),
-                           self._layout.seeds(commit), self._context)
+                           self._layout.seeds(commit, table), self._context)
         with self._lock:
             self._open[key] = made
             while len(self._open) > HANDLES:

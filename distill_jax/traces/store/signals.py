@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 import distill_jax.traces.store.quantise as quantise
-from distill_jax.traces.store.ragged import column, to_planes
+from distill_jax.traces.store.ragged import column
 from distill_jax.traces.store.rows import MAX_ID
+from distill_jax.traces.store.vocabulary import Vocabulary
 
 KINDS = ("topk", "token")
 MAX_K = 4096
@@ -80,7 +81,8 @@ class TokenRow:
 
 
 SignalRow = TopKRow | TokenRow
-Planes = dict[str, np.ndarray]
+Planes = Mapping[str, np.ndarray]
+Columns = dict[str, dict[str, np.ndarray]]
 
 
 def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
@@ -99,7 +101,7 @@ def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
 
 class TopKCodec:
     """Rows of `TopKRow` as two tables: one entry a token (`tokens`: kept + 1, tail) and one an outcome (`outcomes`:
-    id, log-prob code as the difference to the one before)."""
+    id, log-prob code as the difference to the one before). The id column goes through a `Vocabulary`."""
 
     def __init__(self, header: SignalHeader) -> None:
         self.k = header.k
@@ -107,10 +109,11 @@ class TopKCodec:
         self._code = quantise.PRECISIONS[header.precision].code
         self._graded = bool(quantise.PRECISIONS[header.precision].steps)
         self.widths = {"tokens": {"kept": 2, "tail": 2 if self._graded else 4},
-                       "outcomes": {"id": 3, "code": self._code.itemsize}}
+                       "outcomes": {"id": 4, "code": self._code.itemsize}}
 
-    def encode(self, row: SignalRow, length: int) -> Planes:
-        """{table: byte planes}. Raises ValueError for a row that is not a log-probability table of this length."""
+    def encode(self, row: SignalRow, length: int) -> Columns:
+        """{table: {column: unsigned integers}}. Raises ValueError for a row that is not a table of log-probabilities
+        for `length` tokens."""
         ids, logprobs, mask, tail = self._checked(row, length)
         if np.any(logprobs[:, 1:] > logprobs[:, :-1]):
             order = np.argsort(-logprobs, axis=1, kind="stable")
@@ -121,9 +124,8 @@ class TopKCodec:
         delta = np.diff(codes, prepend=np.zeros(1, codes.dtype))  # wraps around; the sum does too
         tails = quantise.encode_tail(tail) if self._graded else tail.astype("<f4").view("<u4")
         tails = np.where(mask, tails, np.zeros(1, tails.dtype))
-        width = self.widths
-        return {"tokens": to_planes({"kept": (kept, 2), "tail": (tails, width["tokens"]["tail"])}),
-                "outcomes": to_planes({"id": (ids[there], 3), "code": (delta, width["outcomes"]["code"])})}
+        return {"tokens": {"kept": kept.astype(np.uint16), "tail": tails},
+                "outcomes": {"id": ids[there], "code": delta}}
 
     def _checked(self, row: SignalRow, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """ids int32 and log-probs float32 [T,K] (-1 and -inf where absent), mask [T], tail float64 [T]."""
@@ -158,13 +160,13 @@ class TopKCodec:
             raise ValueError("tail must be 1 - sum(exp(logprobs)) to 1e-3")
         return ids, lp, mask, tail
 
-    def decode(self, tables: Mapping[str, Planes], length: int) -> TopKRow:
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> TopKRow:
         """Inverse of `encode`, up to the precision."""
         kept = column(tables["tokens"], "kept", length)
         mask = kept > 0
         count = np.maximum(kept - 1, 0)
         total = int(count.sum())
-        flat_ids = column(tables["outcomes"], "id", total)
+        flat_ids = vocabulary.decode(column(tables["outcomes"], "id", total))
         delta = column(tables["outcomes"], "code", total, self._code.newbyteorder("="))
         codes = np.cumsum(delta, dtype=delta.dtype)
         lp = quantise.decode(codes, self.precision)
@@ -207,7 +209,7 @@ class TokenCodec:
         self._code = quantise.PRECISIONS[header.precision].code
         self.widths = {"tokens": {"mask": 1, "code": self._code.itemsize}}
 
-    def encode(self, row: SignalRow, length: int) -> Planes:
+    def encode(self, row: SignalRow, length: int) -> Columns:
         if not isinstance(row, TokenRow):
             raise ValueError(f"this signal takes TokenRow, got {type(row).__name__}")
         lp, mask = np.asarray(row.logprobs, np.float32), np.asarray(row.mask, bool)
@@ -217,9 +219,9 @@ class TokenCodec:
             raise ValueError("log-probs must be numbers at most 0")
         lp = np.minimum(np.where(mask, lp, np.float32(0)), np.float32(0))
         codes = quantise.encode(lp, self.precision)
-        return {"tokens": to_planes({"mask": (mask, 1), "code": (codes, self._code.itemsize)})}
+        return {"tokens": {"mask": mask.astype(np.uint8), "code": codes}}
 
-    def decode(self, tables: Mapping[str, Planes], length: int) -> TokenRow:
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> TokenRow:
         planes = tables["tokens"]
         codes = column(planes, "code", length, self._code.newbyteorder("="))
         return TokenRow(logprobs=quantise.decode(codes, self.precision), mask=column(planes, "mask", length) > 0)

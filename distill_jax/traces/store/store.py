@@ -28,8 +28,9 @@ from distill_jax.traces.store.rows import (
 )
 from distill_jax.traces.store.sealed import CorruptShard, canonical, seal, seal_id, unseal
 from distill_jax.traces.store.shards import Commit, Shards
-from distill_jax.traces.store.signals import SignalHeader, SignalRow, make_codec
-from distill_jax.traces.store.writers import SHARD_TOKENS, SignalWriter, StoreWriter
+from distill_jax.traces.store.signal_io import SignalReader, SignalWriter
+from distill_jax.traces.store.signals import SignalHeader
+from distill_jax.traces.store.writers import SHARD_TOKENS, StoreWriter
 from distill_jax.traces.trace import Trace
 
 FORMAT, VERSION = "distill_jax.traces", 1
@@ -42,13 +43,8 @@ class _RowLayout:
     def sizes(self, commit: Commit, table: str) -> np.ndarray:
         return np.array(commit.body["columns"]["lengths" if table == "tokens" else "documents"], np.int64)
 
-    def seeds(self, commit: Commit) -> list[int]:
+    def seeds(self, commit: Commit, table: str) -> list[int]:
         return [seed_of(d) for d in commit.body["columns"]["digests"]]
-
-
-class _SignalLayout(_RowLayout):
-    def sizes(self, commit: Commit, table: str) -> np.ndarray:
-        return np.array(commit.body["columns"][table], np.int64)
 
 
 class TraceStore:
@@ -166,7 +162,7 @@ class TraceStore:
         """Names of the signals."""
         return sorted({k.split("/")[0] for k in self.kv.keys("signals/") if k.endswith("/header.json")})
 
-    def signal(self, name: str) -> "SignalReader":
+    def signal(self, name: str) -> SignalReader:
         """A signal by name. Raises ValueError with the names there are."""
         key = f"signals/{_signal_name(name)}/header.json"
         data = self.kv.read(key)
@@ -202,53 +198,6 @@ class TraceStore:
             fresh._shards.verify_files(commit)
         for name in fresh.signals():
             fresh.signal(name).verify()
-
-
-class SignalReader:
-    """A teacher signal of a store; `len` is the number of rows that have it. Reads are safe from many threads."""
-
-    def __init__(self, name: str, header: SignalHeader, rows: Shards, shards: Shards) -> None:
-        self.name = name
-        self.header = header
-        self._shards = shards
-        self._codec = make_codec(header)
-        self._reader = Reader(shards, _SignalLayout())
-        for commit in shards.commits:
-            _check_rows(name, commit, rows)
-
-    def __len__(self) -> int:
-        return self._shards.total
-
-    @property
-    def shards(self) -> tuple[Commit, ...]:
-        """The committed shards."""
-        return tuple(self._shards.commits)
-
-    def read(self, ids: Ids) -> list[SignalRow]:
-        """The signal of many rows, in the order asked: `TopKRow` or `TokenRow` by the header's kind."""
-        return [self._codec.decode({t: dict(p) for t, p in tables.items()}, commit.body["columns"]["tokens"][at])
-                for commit, at, tables in self._reader.read(ids, tuple(self._codec.widths))]
-
-    def verify(self) -> None:
-        """Read and check every byte. Raises CorruptShard."""
-        for commit in self._shards.commits:
-            self.read(np.arange(commit.first_row, commit.first_row + commit.rows))
-            self._shards.verify_files(commit)
-
-
-def _check_rows(name: str, commit: Commit, rows: Shards) -> None:
-    """The signal's shard was made for exactly the rows that are there."""
-    where = f"signal {name!r}"
-    if commit.number >= len(rows.commits):
-        raise CorruptShard(f"{where} has this shard, the store does not", shard=commit.number)
-    ours, theirs = commit.body["columns"]["digests"], rows.commits[commit.number].body["columns"]["digests"]
-    if len(ours) != len(theirs):
-        raise CorruptShard(f"{where} was made for {len(ours)} rows, the store's shard has {len(theirs)}",
-                           shard=commit.number)
-    for at, (a, b) in enumerate(zip(ours, theirs)):
-        if a != b:
-            raise CorruptShard(f"{where} was made for another row than the one that stands there",
-                               shard=commit.number, row=commit.first_row + at)
 
 
 def _document(tables: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Writers: rows are gathered until a shard is whole, then the shard is committed."""
+"""The writer of rows: they are gathered until a shard is whole, then the shard is committed."""
 
 import copy
 from collections import Counter
@@ -7,17 +7,16 @@ from typing import Any, Self
 import numpy as np
 
 from distill_jax.core.roles import Role
-from distill_jax.traces.store.ragged import Table, plane_names
+from distill_jax.traces.store.ragged import Table
 from distill_jax.traces.store.reader import seed_of
 from distill_jax.traces.store.rows import TOKEN_PLANES, Row, checked, digest, encode_document, encode_tokens
 from distill_jax.traces.store.shards import Shards
-from distill_jax.traces.store.signals import SignalHeader, SignalRow, make_codec
 
 SHARD_TOKENS = 1 << 19
 """A shard ends early at this many tokens, so that long rows do not make writers hold gigabytes."""
 
 
-class _Writer:
+class Writer:
     """Shared life cycle: a context manager that closes, or aborts when its block raises."""
 
     def close(self) -> None:
@@ -37,7 +36,7 @@ class _Writer:
             self.abort()
 
 
-class StoreWriter(_Writer):
+class StoreWriter(Writer):
     """Appends rows to a store. Open it again after a kill: it continues after the last whole shard.
 
     state     JSON value committed with each shard: where the writer stood right after the shard's last row. After a
@@ -112,78 +111,4 @@ class StoreWriter(_Writer):
 
     def abort(self) -> None:
         self.state = copy.deepcopy(self._committed[0])
-        self._clear()
-
-
-class SignalWriter(_Writer):
-    """Appends the signal of row after row; shards end where the store's do.
-
-    next_row  the row whose signal comes next; after a restart the first row of the first missing shard
-    """
-
-    def __init__(self, rows: Shards, shards: Shards, header: SignalHeader) -> None:
-        self._rows = rows
-        self._shards = shards
-        self._codec = make_codec(header)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._encoded: dict[str, list[np.ndarray]] = {name: [] for name in self._codec.widths}
-
-    @property
-    def next_row(self) -> int:
-        return self._shards.total + len(self._encoded["tokens"])
-
-    def append(self, signal: SignalRow) -> int:
-        """Add the signal of row `next_row` and return that row's id. A row that was not scored gets an all-False
-        mask. Commits when the store's shard is whole."""
-        while self._is_empty():
-            self._commit()
-        number = self.next_row
-        if number >= self._rows.total:
-            raise ValueError(f"the store has {self._rows.total} rows and all of them have this signal")
-        commit = self._rows.commits[len(self._shards.commits)]
-        length = commit.body["columns"]["lengths"][number - commit.first_row]
-        try:
-            tables = self._codec.encode(signal, length)
-        except ValueError as e:
-            raise ValueError(f"signal of row {number}: {e}") from None
-        for name, planes in tables.items():
-            self._encoded[name].append(planes)
-        if len(self._encoded["tokens"]) == commit.rows:
-            self._commit()
-        return number
-
-    def _is_empty(self) -> bool:
-        """Whether the next shard of the store holds no rows (a closing commit)."""
-        number = len(self._shards.commits)
-        return number < len(self._rows.commits) and self._rows.commits[number].rows == 0
-
-    def _commit(self) -> None:
-        digests = self._rows.commits[len(self._shards.commits)].body["columns"]["digests"]
-        seeds = [seed_of(d) for d in digests]
-        sizes = {name: [p.shape[1] for p in planes] for name, planes in self._encoded.items()}
-        limits = {"tokens": (256, 4096), "outcomes": (4096, 65536)}
-        tables = {name: Table(rows=planes, names=plane_names(self._codec.widths[name]), seeds=seeds,
-                              least=limits[name][0], most=limits[name][1])
-                  for name, planes in self._encoded.items()}
-        try:
-            self._shards.commit({"rows": len(digests), "columns": {"digests": digests, **sizes}}, tables)
-        finally:
-            self._clear()
-
-    def close(self) -> None:
-        """Raises ValueError when rows of a shard are missing: a signal's shards are those of the store."""
-        left = len(self._encoded["tokens"])
-        while not left and self._is_empty():
-            self._commit()
-        if left:
-            commit = self._rows.commits[len(self._shards.commits)]
-            first, rows = self._shards.total, commit.rows
-            self.abort()
-            raise ValueError(f"the signal of rows {first + left} to {first + rows - 1} is missing: shard "
-                             f"{commit.number} needs all of its rows {first} to {first + rows - 1}, nothing of it "
-                             "was written")
-
-    def abort(self) -> None:
         self._clear()

@@ -2,7 +2,10 @@
 
 import numpy as np
 
-from distill_jax.traces.store import Row, StoreHeader, TokenRow, TopKRow, TraceStore
+from distill_jax.traces.store import Row, SignalHeader, StoreHeader, TokenRow, TopKRow, TraceStore
+from distill_jax.traces.store.ragged import plane_names, to_planes
+from distill_jax.traces.store.signals import make_codec
+from distill_jax.traces.store.vocabulary import Vocabulary
 from distill_jax.traces.trace import Encoded, simple_trace
 
 HEADER = StoreHeader(tokenizer={"name": "toy", "hash": "h", "real": 151_665}, template="t",
@@ -44,6 +47,17 @@ def make_token(i: int, length: int) -> TokenRow:
     rng = np.random.default_rng([i, 2])
     mask = np.arange(length) > 0
     return TokenRow(logprobs=np.where(mask, -rng.gamma(0.5, 2.0, length), 0).astype(np.float32), mask=mask)
+
+
+def through_codec(header: SignalHeader, row: TopKRow, vocabulary: Vocabulary | None = None) -> TopKRow:
+    """A row encoded to byte planes and decoded again, without a store."""
+    codec, length = make_codec(header), len(row.mask)
+    vocabulary = vocabulary or Vocabulary(np.zeros(0, np.int32))
+    columns = codec.encode(row, length)
+    columns["outcomes"]["id"] = vocabulary.encode(columns["outcomes"]["id"])
+    tables = {t: dict(zip(plane_names(widths), to_planes({c: (columns[t][c], w) for c, w in widths.items()})))
+              for t, widths in codec.widths.items()}
+    return codec.decode(tables, length, vocabulary)
 
 
 def build(url: object, rows: int = 20, shard_rows: int = 8) -> TraceStore:

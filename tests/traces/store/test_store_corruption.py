@@ -18,7 +18,7 @@ def good(tmp_path_factory):
     store = build(tmp_path_factory.mktemp("good") / "s", rows=ROWS, shard_rows=5)
     with store.signal_writer("topk8", SignalHeader(kind="topk", k=8, teacher="t")) as writer:
         for i, n in enumerate(store.lengths()):
-            writer.append(make_topk(i, n))
+            writer.append(make_topk(i, n, vocab=60))
     with store.signal_writer("token", SignalHeader(kind="token", teacher="t")) as writer:
         for i, n in enumerate(store.lengths()):
             writer.append(make_token(i, n))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distill_jax.traces.store.quantise as q
-from distill_jax.traces.store.signals import SignalHeader, TopKRow, make_codec
+from distill_jax.traces.store.signals import SignalHeader, TopKRow
+from tests.traces.store.store_builders import through_codec
 
 KL_PER_NAT = {"u8": 24 / (2 * 255**2), "u16": 96 / (2 * 65535**2)}
 
@@ -16,12 +17,8 @@ KL_PER_NAT = {"u8": 24 / (2 * 255**2), "u16": 96 / (2 * 65535**2)}
 def stored(logprobs: np.ndarray, precision: str, tail: np.ndarray | None = None) -> TopKRow:
     """One row through the codec: logprobs [T,K] of distinct ids."""
     t, k = logprobs.shape
-    codec = make_codec(SignalHeader(kind="topk", k=k, precision=precision))
     row = TopKRow(ids=np.tile(np.arange(k), (t, 1)), logprobs=logprobs, mask=np.ones(t, bool), tail=tail)
-    planes = codec.encode(row, t)
-    tables = {name: dict(zip([f"{c}.{i}" for c, w in codec.widths[name].items() for i in range(w)], p))
-              for name, p in planes.items()}
-    return codec.decode(tables, t)
+    return through_codec(SignalHeader(kind="topk", k=k, precision=precision), row)
 
 
 def by_id(row: TopKRow) -> np.ndarray:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax.traces.store import SignalHeader, TokenRow, TopKRow, TraceStore, truncate_mass
-from tests.traces.store.store_builders import build, make_token, make_topk
+from distill_jax.traces.store.vocabulary import Vocabulary
+from tests.traces.store.store_builders import HEADER, build, make_row, make_token, make_topk, through_codec
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +52,15 @@ def test_token_round_trip(store, precision, atol):
 @given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from([300, 70_000, 1 << 24]), st.floats(0, 1))
 def test_codec_any_shape(seed, k, vocab, kept_share):
     """Ids to 2^24 - 1, from no outcome at a token to all of them, in any order."""
-    from distill_jax.traces.store.signals import make_codec
     rng = np.random.default_rng(seed)
     t = int(rng.integers(1, 9))
     ids = np.stack([rng.choice(vocab, k, replace=False) for _ in range(t)])
     lp = np.log(rng.dirichlet(np.ones(k + 1), t)[:, :k]).astype(np.float32)
     ids = np.where(rng.random((t, k)) < kept_share, ids, -1)
     mask = rng.random(t) < 0.8
-    codec = make_codec(SignalHeader(kind="topk", k=k, precision="f32"))
-    planes = codec.encode(TopKRow(ids=ids, logprobs=np.where(ids < 0, -np.inf, lp), mask=mask), t)
-    tables = {n: dict(zip([f"{c}.{i}" for c, w in codec.widths[n].items() for i in range(w)], p))
-              for n, p in planes.items()}
-    got = codec.decode(tables, t)
+    ranked = Vocabulary(rng.permutation(np.unique(ids))[: int(rng.integers(0, 5))].clip(0))
+    row = TopKRow(ids=ids, logprobs=np.where(ids < 0, -np.inf, lp), mask=mask)
+    got = through_codec(SignalHeader(kind="topk", k=k, precision="f32"), row, ranked)
     np.testing.assert_array_equal(got.mask, mask)
     for row in range(t):
         expected = {int(i): float(x) for i, x in zip(ids[row], lp[row]) if i >= 0 and mask[row]}
@@ -70,6 +68,42 @@ def test_codec_any_shape(seed, k, vocab, kept_share):
         assert found == pytest.approx(expected, abs=1e-6)
         assert np.all(np.diff(got.logprobs[row][got.ids[row] >= 0]) <= 0)
         assert np.all(got.ids[row][len(found):] == -1)
+
+
+def test_vocabulary():
+    """Ranks by frequency; ids outside it follow behind; nothing is ranked where ids hardly repeat."""
+    rows = [np.repeat([7, 3, 9], [30, 8, 10]), np.repeat([3], 1)]
+    v = Vocabulary.of(rows)
+    assert v.ids.tolist() == [7, 9, 3]
+    every = np.array([0, 3, 7, 9, 10, (1 << 24) - 1])
+    assert v.encode(every).tolist() == [3, 2, 0, 1, 13, (1 << 24) + 2]
+    assert v.decode(v.encode(every)).tolist() == every.tolist()
+    assert len(Vocabulary.of([np.arange(100)]).ids) == 0 and len(Vocabulary.of([]).ids) == 0
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_ids_that_repeat_are_ranked(tmp_path, empty_first):
+    """A signal over several shards of a small vocabulary, continued by a second writer, and after an empty shard."""
+    store = TraceStore.create(tmp_path / "s", HEADER)
+    if empty_first:
+        store.writer().close()
+    with store.writer(shard_rows=4) as writer:
+        for i in range(12):
+            writer.append(make_row(i))
+    header, lengths = SignalHeader(kind="topk", k=8, precision="f32"), store.lengths()
+    made = [make_topk(i, n, vocab=40 if i < 8 else 90_000) for i, n in enumerate(lengths)]
+    with pytest.raises(KeyError), store.signal_writer("s", header) as writer:
+        for i in range(6):
+            writer.append(made[i])
+        raise KeyError
+    with store.signal_writer("s", header) as writer:
+        for i in range(writer.next_row, 12):
+            writer.append(made[i])
+    assert ("vocabulary" in store.signal("s").shards[0].body["arrays"]) != empty_first
+    TraceStore.open(store.url).verify()
+    for s, got in zip(made, store.signal("s").read(range(12))):
+        np.testing.assert_array_equal(got.ids, s.ids)
+        np.testing.assert_array_equal(got.logprobs, s.logprobs)
 
 
 def test_truncate_mass_by_hand():

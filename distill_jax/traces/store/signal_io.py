@@ -1,0 +1,165 @@
+"""Reading and writing the signals of a store."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from distill_jax.traces.store.ragged import Table, column, plane_names, to_planes
+from distill_jax.traces.store.reader import Reader, seed_of
+from distill_jax.traces.store.sealed import CorruptShard
+from distill_jax.traces.store.shards import Commit, Shards
+from distill_jax.traces.store.signals import Columns, SignalHeader, SignalRow, make_codec
+from distill_jax.traces.store.vocabulary import Vocabulary
+from distill_jax.traces.store.writers import Writer
+
+CHUNKS = {"tokens": (256, 4096), "outcomes": (4096, 65536)}
+"""Least and most entries an inner chunk of each table."""
+
+
+class _Layout:
+    def sizes(self, commit: Commit, table: str) -> np.ndarray:
+        return np.array(commit.body["columns"][table], np.int64)
+
+    def seeds(self, commit: Commit, table: str) -> list[int]:
+        return [0] if table == "vocabulary" else [seed_of(d) for d in commit.body["columns"]["digests"]]
+
+
+def _load_vocabulary(reader: Reader) -> Vocabulary:
+    """The numbering of ids, which the first shard holds."""
+    commits = reader.shards.commits
+    if not commits or "vocabulary" not in commits[0].body["arrays"]:
+        return Vocabulary(np.zeros(0, np.int32))
+    planes = reader.table(commits[0], "vocabulary")
+    return Vocabulary(column(planes, "id", commits[0].body["columns"]["vocabulary"][0]))
+
+
+class SignalReader:
+    """A teacher signal of a store; `len` is the number of rows that have it. Reads are safe from many threads."""
+
+    def __init__(self, name: str, header: SignalHeader, rows: Shards, shards: Shards) -> None:
+        self.name = name
+        self.header = header
+        self._shards = shards
+        self._codec = make_codec(header)
+        self._reader = Reader(shards, _Layout())
+        for commit in shards.commits:
+            _check_rows(name, commit, rows)
+        self._vocabulary = _load_vocabulary(self._reader)
+
+    def __len__(self) -> int:
+        return self._shards.total
+
+    @property
+    def shards(self) -> tuple[Commit, ...]:
+        """The committed shards."""
+        return tuple(self._shards.commits)
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[SignalRow]:
+        """The signal of many rows, in the order asked: `TopKRow` or `TokenRow` by the header's kind."""
+        return [self._codec.decode(tables, commit.body["columns"]["tokens"][at], self._vocabulary)
+                for commit, at, tables in self._reader.read(ids, tuple(self._codec.widths))]
+
+    def verify(self) -> None:
+        """Read and check every byte. Raises CorruptShard."""
+        for commit in self._shards.commits:
+            self.read(np.arange(commit.first_row, commit.first_row + commit.rows))
+            self._shards.verify_files(commit)
+
+
+class SignalWriter(Writer):
+    """Appends the signal of row after row; shards end where the store's do.
+
+    next_row  the row whose signal comes next; after a restart the first row of the first missing shard
+    """
+
+    def __init__(self, rows: Shards, shards: Shards, header: SignalHeader) -> None:
+        self._rows = rows
+        self._shards = shards
+        self._codec = make_codec(header)
+        self._vocabulary = _load_vocabulary(Reader(shards, _Layout()))
+        self._clear()
+
+    def _clear(self) -> None:
+        self._encoded: list[Columns] = []
+
+    @property
+    def next_row(self) -> int:
+        return self._shards.total + len(self._encoded)
+
+    def append(self, signal: SignalRow) -> int:
+        """Add the signal of row `next_row` and return that row's id. A row that was not scored gets an all-False
+        mask. Commits when the store's shard is whole."""
+        while self._is_empty():
+            self._commit()
+        number = self.next_row
+        if number >= self._rows.total:
+            raise ValueError(f"the store has {self._rows.total} rows and all of them have this signal")
+        commit = self._rows.commits[len(self._shards.commits)]
+        length = commit.body["columns"]["lengths"][number - commit.first_row]
+        try:
+            self._encoded.append(self._codec.encode(signal, length))
+        except ValueError as e:
+            raise ValueError(f"signal of row {number}: {e}") from None
+        if len(self._encoded) == commit.rows:
+            self._commit()
+        return number
+
+    def _is_empty(self) -> bool:
+        """Whether the next shard of the store holds no rows (a closing commit)."""
+        number = len(self._shards.commits)
+        return number < len(self._rows.commits) and self._rows.commits[number].rows == 0
+
+    def _commit(self) -> None:
+        digests = self._rows.commits[len(self._shards.commits)].body["columns"]["digests"]
+        seeds = [seed_of(d) for d in digests]
+        columns: dict[str, Any] = {"digests": digests}
+        tables: dict[str, Table] = {}
+        ids = [row["outcomes"]["id"] for row in self._encoded if "outcomes" in row]
+        vocabulary = Vocabulary.of(ids) if not self._shards.commits else self._vocabulary
+        if not self._shards.commits and len(vocabulary.ids):
+            columns["vocabulary"] = [len(vocabulary.ids)]
+            tables["vocabulary"] = Table(rows=[to_planes({"id": (vocabulary.ids, 3)})], names=plane_names({"id": 3}),
+                                         seeds=[0], least=4096, most=65536)
+        for table, widths in self._codec.widths.items():
+            rows = []
+            for values in self._encoded:
+                coded = {c: vocabulary.encode(v) if c == "id" else v for c, v in values[table].items()}
+                rows.append(to_planes({c: (coded[c], width) for c, width in widths.items()}))
+            columns[table] = [r.shape[1] for r in rows]
+            least, most = CHUNKS[table]
+            tables[table] = Table(rows=rows, names=plane_names(widths), seeds=seeds, least=least, most=most)
+        self._encoded.clear()
+        self._shards.commit({"rows": len(digests), "columns": columns}, tables)
+        self._vocabulary = vocabulary
+
+    def close(self) -> None:
+        """Raises ValueError when rows of a shard are missing: a signal's shards are those of the store."""
+        left = len(self._encoded)
+        while not left and self._is_empty():
+            self._commit()
+        if left:
+            commit = self._rows.commits[len(self._shards.commits)]
+            first, rows = self._shards.total, commit.rows
+            self.abort()
+            raise ValueError(f"the signal of rows {first + left} to {first + rows - 1} is missing: shard "
+                             f"{commit.number} needs all of its rows {first} to {first + rows - 1}, nothing of it "
+                             "was written")
+
+    def abort(self) -> None:
+        self._clear()
+
+
+def _check_rows(name: str, commit: Commit, rows: Shards) -> None:
+    """The signal's shard was made for exactly the rows that are there."""
+    where = f"signal {name!r}"
+    if commit.number >= len(rows.commits):
+        raise CorruptShard(f"{where} has this shard, the store does not", shard=commit.number)
+    ours, theirs = commit.body["columns"]["digests"], rows.commits[commit.number].body["columns"]["digests"]
+    if len(ours) != len(theirs):
+        raise CorruptShard(f"{where} was made for {len(ours)} rows, the store's shard has {len(theirs)}",
+                           shard=commit.number)
+    for at, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            raise CorruptShard(f"{where} was made for another row than the one that stands there",
+                               shard=commit.number, row=commit.first_row + at)
