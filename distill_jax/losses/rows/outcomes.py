@@ -70,9 +70,12 @@ def _kept_and_tail_fwd(logits: Array, ids: Array) -> tuple[tuple[Array, Array], 
     slots = jnp.where(present, ids, vocab)  # out of range: dropped by the scatters
     row = jnp.arange(rows)[:, None]
     is_kept = jnp.zeros((rows, vocab), bool).at[row, slots].set(True, mode="drop")
-    norm = log_normalizer(logits)
-    tail_norm = log_normalizer(jnp.where(is_kept, NEG, logits))
-    has_tail = tail_norm > _ABSENT
+    # `where` outside the exponential: the two reductions then read the logits, not a masked copy of them.
+    top = jnp.max(jnp.where(is_kept, NEG, logits), axis=-1)
+    has_tail = top > _ABSENT
+    rest = jnp.sum(jnp.where(is_kept, 0.0, jnp.exp(logits - jnp.where(has_tail, top, -NEG)[:, None])), axis=-1)
+    tail_norm = jnp.where(has_tail, top + jnp.log(jnp.where(has_tail, rest, 1.0)), NEG)
+    norm = jnp.logaddexp(tail_norm, log_normalizer(jnp.where(present, z, NEG)))
     kept = jnp.where(present, z - norm[:, None], NEG)
     tail = jnp.where(has_tail, tail_norm - norm, NEG)
     return (kept, tail), (logits, slots, is_kept, norm, tail_norm, kept, tail)
