@@ -59,7 +59,8 @@ class Head:
         if self.soft_cap is not None:
             out = self.soft_cap * jnp.tanh(out / self.soft_cap)
         if self.real is not None and self.real < self.vocab:
-            out = jnp.where(jnp.arange(self.vocab)[None, :] < self.real, out, NEG)
+            # An addition, not a selection: finite logits vanish in it all the same, and its gradient is free.
+            out = out + jnp.where(jnp.arange(self.vocab) < self.real, 0.0, NEG).astype(out.dtype)[None, :]
         return out
 
     def logits(self, hidden: Array) -> Array:

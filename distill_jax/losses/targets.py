@@ -11,8 +11,8 @@ import jax
 Array = Any
 
 
-def _pytree(*fields: str) -> Any:
-    return lambda cls: jax.tree_util.register_dataclass(cls, data_fields=list(fields), meta_fields=[])
+def _pytree(*fields: str, meta: tuple[str, ...] = ()) -> Any:
+    return lambda cls: jax.tree_util.register_dataclass(cls, data_fields=list(fields), meta_fields=list(meta))
 
 
 @_pytree("ids")
@@ -31,17 +31,20 @@ class Full:
     logits: Array
 
 
-@_pytree("ids", "logprobs")
+@_pytree("ids", "logprobs", meta=("grad_dtype",))
 @dataclass(frozen=True)
 class TopKTarget:
     """The teacher's K most probable outcomes; everything else is one tail bucket.
 
     ids       int32 [N,K]    unique within a row; -1 where fewer than K are kept
     logprobs  float32 [N,K]  full-vocabulary log-probabilities at temperature 1, not renormalised; -inf where -1
+    grad_dtype  dtype that the gradient of the logits will be rounded to anyway (the lift's compute dtype), None =
+              theirs. Rounding before the scatter of the kept ids saves a pass over [N,V] in float32
     """
 
     ids: Array
     logprobs: Array
+    grad_dtype: Any = None
 
 
 Target = Labels | Full | TopKTarget

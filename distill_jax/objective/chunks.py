@@ -189,7 +189,7 @@ class _Local:
             logits = {s: replace(heads[s], bias=biases[s]).finish(raw) for s, raw in raws.items()}
             total, values = jnp.zeros((), wide(*hiddens.values())), {}
             for name, term in self.terms.items():
-                target = _target(term.target, logits, fields)
+                target = _target(term.target, logits, fields, hiddens[term.source].dtype)
                 values[name] = term.loss(logits[term.source], target, **term.kwargs, **dynamic[name])
                 total += jnp.sum(fields.weights[name].astype(total.dtype) * values[name].astype(total.dtype))
             return total, values
@@ -219,15 +219,15 @@ def _through_head(d_raw: Array, d_bias: Array | None, hidden: Array, head: Head,
         bias=d_bias.astype(acc) if wanted.bias and d_bias is not None else None)
 
 
-def _target(name: str, logits: dict[str, Array], fields: Fields) -> Target:
+def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: Any) -> Target:
     if name == "tokens":
         return Labels(fields.tokens)
     if name.startswith("signals/"):
         signal = fields.signals[name.removeprefix("signals/")]
         if isinstance(signal, TopK):
-            return TopKTarget(signal.ids, signal.logprobs)
+            return TopKTarget(signal.ids, signal.logprobs, compute_dtype)
         assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
-        return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None])
+        return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype)
     return Full(jax.lax.stop_gradient(logits[name]))
 
 

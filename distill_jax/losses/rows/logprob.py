@@ -2,12 +2,32 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from distill_jax.losses.rows.outcomes import log_normalizer
 from distill_jax.losses.targets import Labels, Target
 
 Array = Any
+
+
+@jax.custom_vjp
+def _at(logits: Array, ids: Array) -> Array:
+    """logits[n, ids[n]]. The gradient is a comparison, which fuses, rather than a scatter into zeros [N,V]."""
+    return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+
+
+def _at_fwd(logits: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _at(logits, ids), (ids, jnp.zeros((0, logits.shape[-1]), logits.dtype))
+
+
+def _at_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    ids, like = saved
+    here = jnp.arange(like.shape[-1], dtype=ids.dtype)[None, :] == ids[:, None]
+    return jnp.where(here, grad[:, None].astype(like.dtype), 0.0), None
+
+
+_at.defvjp(_at_fwd, _at_bwd)
 
 
 def log_prob(logits: Array, target: Target) -> Array:
@@ -17,8 +37,7 @@ def log_prob(logits: Array, target: Target) -> Array:
     """
     if not isinstance(target, Labels):
         raise ValueError(f"log_prob needs Labels (target='tokens'), got {type(target).__name__}")
-    ids = jnp.clip(target.ids, 0, logits.shape[-1] - 1)
-    return jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - log_normalizer(logits)
+    return _at(logits, jnp.clip(target.ids, 0, logits.shape[-1] - 1)) - log_normalizer(logits)
 
 
 def entropy(logits: Array, target: Target | None = None) -> Array:

@@ -9,6 +9,7 @@ An outcome that one side cannot have (padding of K, padded vocabulary, ids the s
 and contributes exactly zero to value and gradient. Everything is float32 (float64 where the logits are).
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,20 +50,21 @@ def _log_normalizer_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array]
 log_normalizer.defvjp(_log_normalizer_fwd, _log_normalizer_bwd)
 
 
-@jax.custom_vjp
-def kept_and_tail(logits: Array, ids: Array) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def kept_and_tail(logits: Array, ids: Array, grad_dtype: Any = None) -> tuple[Array, Array]:
     """Student log-probabilities of the kept ids and of all others together.
 
     logits [N,V], ids int32 [N,K] unique or absent (-1, or not an id of the student) ->
-    (kept [N,K], tail [N]), NEG where an id is absent and where no id is left for the tail.
+    (kept [N,K], tail [N]), NEG where an id is absent and where no id is left for the tail. `grad_dtype` as in
+    `TopKTarget`.
 
     The tail is a log-sum-exp over the ids that are not kept, not log(1 - sum): that loses every digit once the
     student is confident, and its gradient is then a difference of huge numbers.
     """
-    return _kept_and_tail_fwd(logits, ids)[0]
+    return _kept_and_tail_fwd(logits, ids, grad_dtype)[0]
 
 
-def _kept_and_tail_fwd(logits: Array, ids: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+def _kept_and_tail_fwd(logits: Array, ids: Array, grad_dtype: Any) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     rows, vocab = logits.shape
     inside = (ids >= 0) & (ids < vocab)
     z = jnp.take_along_axis(logits, jnp.where(inside, ids, 0), axis=-1)
@@ -81,7 +83,7 @@ def _kept_and_tail_fwd(logits: Array, ids: Array) -> tuple[tuple[Array, Array], 
     return (kept, tail), (logits, slots, is_kept, norm, tail_norm, kept, tail)
 
 
-def _kept_and_tail_bwd(saved: tuple[Array, ...], grads: tuple[Array, Array]) -> tuple[Array, None]:
+def _kept_and_tail_bwd(grad_dtype: Any, saved: tuple[Array, ...], grads: tuple[Array, Array]) -> tuple[Array, None]:
     logits, slots, is_kept, norm, tail_norm, kept, tail = saved
     g_kept = jnp.where(kept > _ABSENT, grads[0], 0.0)
     g_tail = jnp.where(tail > _ABSENT, grads[1], 0.0)
@@ -91,7 +93,9 @@ def _kept_and_tail_bwd(saved: tuple[Array, ...], grads: tuple[Array, Array]) -> 
     # Set, not add: the kept entries of `others` may be huge where the tail is tiny, and would cancel badly.
     row = jnp.arange(logits.shape[0])[:, None]
     exact = g_kept - total[:, None] * jnp.exp(kept)
-    return jnp.where(is_kept, 0.0, others).at[row, slots].set(exact, mode="drop"), None
+    dtype = grad_dtype or logits.dtype
+    out = jnp.where(is_kept, 0.0, others).astype(dtype).at[row, slots].set(exact.astype(dtype), mode="drop")
+    return out.astype(logits.dtype), None
 
 
 kept_and_tail.defvjp(_kept_and_tail_fwd, _kept_and_tail_bwd)
@@ -129,7 +133,7 @@ def _topk(logits: Array, target: TopKTarget) -> tuple[Array, Array]:
     logits = logits.astype(wide(logits))
     logprobs = jax.lax.stop_gradient(target.logprobs.astype(logits.dtype))
     stored = (target.ids >= 0) & (logprobs > _ABSENT)
-    kept, tail = kept_and_tail(logits, jnp.where(stored, target.ids, -1))
+    kept, tail = kept_and_tail(logits, jnp.where(stored, target.ids, -1), target.grad_dtype)
     teacher_kept = jnp.where(jax.lax.stop_gradient(kept) > _ABSENT, logprobs, NEG)
     mass = 1.0 - jnp.sum(jnp.exp(teacher_kept), axis=-1)
     teacher_tail = jnp.where(jax.lax.stop_gradient(tail) > _ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)
