@@ -1,0 +1,205 @@
+"""Every family against transformers + torch on tiny random checkpoints: the same files, the same logits.
+
+fp32: max |difference| <= 2e-4 (logits are of order 5). `make parity` runs these; they need torch.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distill_jax.models import hf
+from distill_jax.models.config import AttentionConfig, ModelConfig
+from distill_jax.models.families import FAMILIES
+from distill_jax.models.rope import Llama3, Rope, Yarn
+from distill_jax.models.transformer import Transformer
+from tests.models.common import make
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+TOLERANCE = 2e-4
+VOCAB = 99
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 10, "sliding_window": 5}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+
+CASES = {  # name -> (model_type, fields beyond SIZES)
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-bias-window": ("qwen3", {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4,
+                                    "max_window_layers": 2, "head_dim": 8}),
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 16}),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3_text-capped": ("gemma3_text", {**GEMMA, "final_logit_softcapping": 3.0, "tie_word_embeddings": False}),
+}
+
+
+def build(model_type, fields, folder, dtype="float32"):
+    """A random checkpoint written by transformers, with biases and norms that are not trivial."""
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model = model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def pair(request, tmp_path_factory):
+    """(torch model, ours jitted, our parameters, folder)"""
+    folder = tmp_path_factory.mktemp("parity") / request.param
+    theirs = build(*CASES[request.param], folder)
+    ours, params = hf.load(folder)
+    apply = jax.jit(lambda t, p, s: ours.apply({"params": params}, t, p, s))
+    return theirs, apply, params, folder, ours
+
+
+def ids(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, (rows, length))
+
+
+def torch_logits(model, tokens, **kwargs):
+    with torch.no_grad():
+        return model(torch.tensor(tokens), **{k: torch.tensor(v) for k, v in kwargs.items()}).logits.float().numpy()
+
+
+def close(got, want, tolerance=TOLERANCE):
+    assert np.abs(want).max() > 1, "logits too small to compare"
+    assert np.abs(np.asarray(got) - want).max() <= tolerance
+
+
+@pytest.mark.parametrize("length", [1, 7, 33])
+def test_odd_lengths(pair, length):
+    theirs, apply, *_ = pair
+    t = ids(2, length)
+    close(apply(jnp.asarray(t, jnp.int32), None, None), torch_logits(theirs, t))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(pair, side):
+    """Rows of different lengths: what transformers does with an attention mask, we do with segment ids."""
+    theirs, apply, *_ = pair
+    t, mask = ids(3, 13), np.zeros((3, 13), np.int64)
+    for row, n in enumerate((13, 8, 3)):
+        mask[row, (slice(13 - n, 13) if side == "left" else slice(0, n))] = 1
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    want = torch_logits(theirs, t, attention_mask=mask, position_ids=positions)
+    got = np.asarray(apply(jnp.asarray(t, jnp.int32), None, jnp.asarray(mask, jnp.int32)))
+    close(got[mask == 1], want[mask == 1])
+
+
+def test_packed_rows(pair):
+    """Documents packed into a row have the logits that transformers gives each of them alone."""
+    theirs, apply, *_ = pair
+    t, lengths = ids(1, 31), (5, 14, 9)
+    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(3)])[None]
+    got = np.asarray(apply(jnp.asarray(t, jnp.int32), None, jnp.asarray(segments, jnp.int32)))
+    start = 0
+    for n in lengths:
+        close(got[:, start:start + n], torch_logits(theirs, t[:, start:start + n]))
+        start += n
+
+
+def test_memory_linear_attention(pair):
+    theirs, _, params, _, ours = pair
+    t = ids(2, 33)
+    chunked = Transformer(ours.config, attention="chunked")
+    close(chunked.apply({"params": params}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+
+
+def test_round_trip_through_us_is_bit_identical(pair, tmp_path):
+    _, _, params, folder, ours = pair
+    hf.save(tmp_path / "out", ours, params, hf.companions(folder))
+    a, b = (hf.open_tensors(p) for p in (folder, tmp_path / "out"))
+    assert set(a) == set(b)
+    for name in a:
+        np.testing.assert_array_equal(a[name].read(), b[name].read(), err_msg=name)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_transformers_reads_the_config_we_write(pair, tmp_path):
+    """Without the original config.json: ours alone must give transformers the same model."""
+    theirs, _, params, _, ours = pair
+    hf.save(tmp_path / "out", ours, params)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    t = ids(2, 33)
+    np.testing.assert_array_equal(torch_logits(again, t), torch_logits(theirs, t))
+
+
+def test_transformers_4_fields(pair, tmp_path):
+    """The same checkpoint under a config.json with `rope_theta` and `rope_scaling`, as on the hub."""
+    theirs, _, params, folder, ours = pair
+    cfg = json.loads((folder / "config.json").read_text())
+    hf.save(tmp_path / "v4", ours, params)
+    written = json.loads((tmp_path / "v4" / "config.json").read_text())
+    old = {k: v for k, v in cfg.items() if k not in ("rope_parameters", "dtype")} | {"torch_dtype": "float32"}
+    old |= {k: written[k] for k in ("rope_theta", "rope_scaling", "rope_local_base_freq") if k in written}
+    (tmp_path / "v4" / "config.json").write_text(json.dumps(old))
+    model, again = hf.load(tmp_path / "v4")
+    t = ids(1, 33)
+    close(model.apply({"params": again}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+
+
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_bfloat16(tmp_path, model_type):
+    """bf16 files and compute: as close to the exact logits as transformers in bf16 (1.5 times its distance)."""
+    fields = GEMMA if "gemma" in model_type else {}
+    theirs = build(model_type, fields, tmp_path / "m", "bfloat16")
+    model, params = hf.load(tmp_path / "m", dtype=jnp.bfloat16, param_dtype=None)
+    hf.save(tmp_path / "out", model, params, hf.companions(tmp_path / "m"))
+    a, b = (hf.open_tensors(tmp_path / p) for p in ("m", "out"))
+    assert all(np.array_equal(a[n].read().view(np.uint16), b[n].read().view(np.uint16)) for n in a) and set(a) == set(b)
+    t = ids(2, 17)
+    half = torch_logits(theirs, t)
+    exact = torch_logits(theirs.float(), t)
+    got = np.asarray(model.apply({"params": params}, jnp.asarray(t, jnp.int32)))
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+    assert rms(got - exact) <= 1.5 * rms(half - exact) < 0.1 * rms(exact)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_dynamic_scaling_of_a_full_row(tmp_path, model_type):
+    """Beyond the first context the base follows the length; transformers takes it from the longest position."""
+    fields = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 16}
+    theirs = build(model_type, fields, tmp_path / "m")
+    model, params = hf.load(tmp_path / "m")
+    for length in (9, 40):
+        t = ids(1, length)
+        close(model.apply({"params": params}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+
+
+@pytest.mark.parametrize("scaling", [
+    Yarn(factor=4.0, original=16, beta_fast=8.0, beta_slow=2.0, mscale=0.7, mscale_all_dim=0.4),
+    Yarn(factor=8.0, original=16, attention_factor=1.3, truncate=False),
+    Llama3(factor=4.0, low_freq_factor=1.0, high_freq_factor=2.0, original=32)], ids=lambda s: type(s).__name__)
+def test_a_fresh_student_serves_in_transformers(tmp_path, scaling):
+    """A model that never was a Hugging Face one: initialised here, exported, run there."""
+    config = ModelConfig(vocab_size=VOCAB, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=1,
+                         head_dim=16, context_length=128, init_std=0.2, model_type="llama",
+                         attention=AttentionConfig(rope=Rope(theta=1e5, scaling=scaling)))
+    model, params = make(config)
+    hf.save(tmp_path / "m", model, params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager").eval()
+    t = ids(2, 50)
+    close(model.apply({"params": params}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
