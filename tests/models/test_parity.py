@@ -12,7 +12,7 @@ import pytest
 
 from distill_jax.models import hf
 from distill_jax.models.config import AttentionConfig, ModelConfig
-from distill_jax.models.families import FAMILIES
+from distill_jax.models.families import FAMILIES, from_hf, to_hf
 from distill_jax.models.rope import Llama3, Rope, Yarn
 from distill_jax.models.transformer import Transformer
 from tests.models.common import make
@@ -22,9 +22,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 TOLERANCE = 2e-4
 VOCAB = 99
+ROWS, LENGTH = 3, 33  # one shape for most tests: a compile each for plain and for segmented rows
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 10, "sliding_window": 5}
@@ -47,7 +49,8 @@ CASES = {  # name -> (model_type, fields beyond SIZES)
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 5, "head_dim": 16}),
     "gemma2": ("gemma2", GEMMA),
-    "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3_text": ("gemma3_text", {**GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                                    "num_hidden_layers": 4}),
     "gemma3_text-capped": ("gemma3_text", {**GEMMA, "final_logit_softcapping": 3.0, "tie_word_embeddings": False}),
 }
 
@@ -71,8 +74,14 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity") / request.param
     theirs = build(*CASES[request.param], folder)
     ours, params = hf.load(folder)
-    apply = jax.jit(lambda t, p, s: ours.apply({"params": params}, t, p, s))
-    return theirs, apply, params, folder, ours
+    return theirs, compiled(ours, params), params, folder, ours
+
+
+def compiled(model, params):
+    """tokens, segment ids or None -> logits"""
+    run = jax.jit(lambda p, t, s: model.apply({"params": p}, t, segment_ids=s))
+    return lambda t, s=None: np.asarray(run(params, jnp.asarray(t, jnp.int32),
+                                            None if s is None else jnp.asarray(s, jnp.int32)))
 
 
 def ids(rows, length, seed=0):
@@ -89,32 +98,33 @@ def close(got, want, tolerance=TOLERANCE):
     assert np.abs(np.asarray(got) - want).max() <= tolerance
 
 
-@pytest.mark.parametrize("length", [1, 7, 33])
+@pytest.mark.parametrize("length", [1, LENGTH])
 def test_odd_lengths(pair, length):
     theirs, apply, *_ = pair
-    t = ids(2, length)
-    close(apply(jnp.asarray(t, jnp.int32), None, None), torch_logits(theirs, t))
+    t = ids(ROWS, length)
+    close(apply(t), torch_logits(theirs, t))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(pair, side):
     """Rows of different lengths: what transformers does with an attention mask, we do with segment ids."""
     theirs, apply, *_ = pair
-    t, mask = ids(3, 13), np.zeros((3, 13), np.int64)
-    for row, n in enumerate((13, 8, 3)):
-        mask[row, (slice(13 - n, 13) if side == "left" else slice(0, n))] = 1
+    t, mask = ids(ROWS, LENGTH), np.zeros((ROWS, LENGTH), np.int64)
+    for row, n in enumerate((LENGTH, 18, 3)):
+        mask[row, (slice(LENGTH - n, LENGTH) if side == "left" else slice(0, n))] = 1
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     want = torch_logits(theirs, t, attention_mask=mask, position_ids=positions)
-    got = np.asarray(apply(jnp.asarray(t, jnp.int32), None, jnp.asarray(mask, jnp.int32)))
+    got = apply(t, mask)
     close(got[mask == 1], want[mask == 1])
 
 
 def test_packed_rows(pair):
     """Documents packed into a row have the logits that transformers gives each of them alone."""
     theirs, apply, *_ = pair
-    t, lengths = ids(1, 31), (5, 14, 9)
-    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(3)])[None]
-    got = np.asarray(apply(jnp.asarray(t, jnp.int32), None, jnp.asarray(segments, jnp.int32)))
+    t, lengths = ids(ROWS, LENGTH), (5, 15, 9)
+    segments = np.zeros((ROWS, LENGTH), np.int32)
+    segments[:, :sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    got = apply(t, segments)
     start = 0
     for n in lengths:
         close(got[:, start:start + n], torch_logits(theirs, t[:, start:start + n]))
@@ -123,9 +133,8 @@ def test_packed_rows(pair):
 
 def test_memory_linear_attention(pair):
     theirs, _, params, _, ours = pair
-    t = ids(2, 33)
-    chunked = Transformer(ours.config, attention="chunked")
-    close(chunked.apply({"params": params}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+    t = ids(ROWS, LENGTH)
+    close(compiled(Transformer(ours.config, attention="chunked"), params)(t), torch_logits(theirs, t))
 
 
 def test_round_trip_through_us_is_bit_identical(pair, tmp_path):
@@ -143,22 +152,18 @@ def test_transformers_reads_the_config_we_write(pair, tmp_path):
     theirs, _, params, _, ours = pair
     hf.save(tmp_path / "out", ours, params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
-    t = ids(2, 33)
+    t = ids(ROWS, LENGTH)
     np.testing.assert_array_equal(torch_logits(again, t), torch_logits(theirs, t))
 
 
-def test_transformers_4_fields(pair, tmp_path):
-    """The same checkpoint under a config.json with `rope_theta` and `rope_scaling`, as on the hub."""
-    theirs, _, params, folder, ours = pair
+def test_transformers_4_fields(pair):
+    """The same model from a config.json with `rope_theta` and `rope_scaling`, as most on the hub are."""
+    *_, folder, ours = pair
     cfg = json.loads((folder / "config.json").read_text())
-    hf.save(tmp_path / "v4", ours, params)
-    written = json.loads((tmp_path / "v4" / "config.json").read_text())
     old = {k: v for k, v in cfg.items() if k not in ("rope_parameters", "dtype")} | {"torch_dtype": "float32"}
+    written = to_hf(ours.config)
     old |= {k: written[k] for k in ("rope_theta", "rope_scaling", "rope_local_base_freq") if k in written}
-    (tmp_path / "v4" / "config.json").write_text(json.dumps(old))
-    model, again = hf.load(tmp_path / "v4")
-    t = ids(1, 33)
-    close(model.apply({"params": again}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+    assert from_hf(old) == from_hf(cfg) == ours.config
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))
@@ -169,11 +174,12 @@ def test_bfloat16(tmp_path, model_type):
     model, params = hf.load(tmp_path / "m", dtype=jnp.bfloat16, param_dtype=None)
     hf.save(tmp_path / "out", model, params, hf.companions(tmp_path / "m"))
     a, b = (hf.open_tensors(tmp_path / p) for p in ("m", "out"))
-    assert all(np.array_equal(a[n].read().view(np.uint16), b[n].read().view(np.uint16)) for n in a) and set(a) == set(b)
-    t = ids(2, 17)
+    assert set(a) == set(b)
+    assert all(np.array_equal(a[n].read().view(np.uint16), b[n].read().view(np.uint16)) for n in a)
+    t = ids(3, 33)
     half = torch_logits(theirs, t)
     exact = torch_logits(theirs.float(), t)
-    got = np.asarray(model.apply({"params": params}, jnp.asarray(t, jnp.int32)))
+    got = compiled(model, params)(t)
     rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
     assert rms(got - exact) <= 1.5 * rms(half - exact) < 0.1 * rms(exact)
 
@@ -181,12 +187,13 @@ def test_bfloat16(tmp_path, model_type):
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 def test_dynamic_scaling_of_a_full_row(tmp_path, model_type):
     """Beyond the first context the base follows the length; transformers takes it from the longest position."""
-    fields = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 16}
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    fields = {"rope_parameters": rope, "max_position_embeddings": 16}
     theirs = build(model_type, fields, tmp_path / "m")
     model, params = hf.load(tmp_path / "m")
     for length in (9, 40):
         t = ids(1, length)
-        close(model.apply({"params": params}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+        close(compiled(model, params)(t), torch_logits(theirs, t))
 
 
 @pytest.mark.parametrize("scaling", [
@@ -202,4 +209,4 @@ def test_a_fresh_student_serves_in_transformers(tmp_path, scaling):
     hf.save(tmp_path / "m", model, params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager").eval()
     t = ids(2, 50)
-    close(model.apply({"params": params}, jnp.asarray(t, jnp.int32)), torch_logits(theirs, t))
+    close(compiled(model, params)(t), torch_logits(theirs, t))
