@@ -1,38 +1,58 @@
-"""What an evaluation asks, what it gets, and what it keeps. Plain values: records go to JSON and back."""
+"""What an evaluation asks, what it gets and what it keeps: `Item`, `Answer`, `Record`. Plain values, JSON and back."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
+
+Kind = Literal["qa", "contains", "exact", "auto", "number", "letter", "bool", "math", "text"]
+"""How an answer is graded (`eval.grade`): a normalised gold within the first line (`qa`), a gold anywhere
+(`contains`), normalised equality of the first line (`exact`); the others by `rewards.check`."""
+
+
+OVER_LONG = "prompt too long"
+"""How the `problem` of a prompt that does not fit the model's context begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One question.
+    """One question as it is put to a model.
 
-    question  text of the user's message, documents included
-    golds     accepted answers; empty strings are refused (they would match everything)
-    axes      what the report groups by: "k" documents, "position" of the gold one from 0, "kind", "setting", ...
-    kind      how answers are graded: "qa" (`eval.grade.best_subspan`), "exact", "contains", or a kind of
-              `rewards.check` ("math", "number", "letter", ...)
+    id        unique within its task
+    group     the question behind it: items that show one question at several positions share the group, and
+              intervals are taken over groups
+    question  the whole prompt text, documents included (the chat template comes later)
+    golds     accepted answers, at least one
+    axes      what is varied: `k` documents, `position` of the gold one from 0, `setting`, `layout`, ...
     """
 
     id: str
+    group: str
     question: str
     golds: tuple[str, ...]
     axes: Mapping[str, Any] = field(default_factory=dict)
-    kind: str = "exact"
+    kind: Kind = "qa"
+
+    def __post_init__(self) -> None:
+        if not self.golds or not all(g.strip() for g in self.golds):
+            raise ValueError(f"item {self.id} has an empty gold answer {self.golds}: it would match anything")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said. text: after the thinking; finished: False when it hit a limit inside thinking or answer.
+    """What a model said.
 
-    over_long: the prompt did not fit the model's context, nothing was asked. seconds: of this answer's share of time.
+    text             after the thinking; "" where there is none
+    thinking         the thinking, without its tags
+    finished         False: the thinking never ended, so there is no answer
+    thinking_tokens  tokens of the thinking (an estimate where a server does not count them)
+    tokens           all tokens the model wrote
+    seconds          time it took; its share of the batch where many are answered at once
+    problem          "" or why no answer could be given: `prompt too long: ...`, `server: ...`
     """
 
     text: str
@@ -41,82 +61,96 @@ class Answer:
     thinking_tokens: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    over_long: bool = False
+    problem: str = ""
 
 
 Answerer = Callable[[Sequence[str]], list[Answer]]
-Grade = Callable[[Item, Answer], bool]
+"""Answers a batch of prompts, in order. It never drops one: what it cannot answer has a `problem`."""
+
+
+class Task(Protocol):
+    """A set of questions. `name` goes into the report."""
+
+    @property
+    def name(self) -> str: ...
+    def items(self) -> list[Item]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One graded answer. `unterminated`: the thinking never ended, which is wrong by definition."""
+    """What became of one item. A plain JSON value.
+
+    answer           the text after the thinking
+    f1               token F1 against the golds (0 where there is no answer)
+    unterminated     the thinking never ended; counted as wrong
+    problem          why there was no answer (`prompt too long: ...`); counted as wrong
+    """
 
     id: str
-    correct: bool
+    group: str
     axes: Mapping[str, Any]
+    correct: bool
+    f1: float
     answer: str
     golds: tuple[str, ...]
     thinking_tokens: int
     tokens: int
     unterminated: bool
-    over_long: bool
+    problem: str
     seconds: float
+
+    @property
+    def over_long(self) -> bool:
+        return self.problem.startswith(OVER_LONG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """All records of one model on one task, in the order of the items."""
+    """All records of one model on one task.
+
+    about  what is known of the model and worth a line in the report: `training_flops`, `training_seconds`,
+           `parameters`, `source`, ...
+    """
 
     rows: tuple[Record, ...]
+    task: str = ""
+    model: str = ""
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def where(self, **axes: Any) -> "Records":
-        """Records whose axes have these values."""
-        return Records(rows=tuple(r for r in self.rows if all(r.axes.get(k) == v for k, v in axes.items())))
+        """The records with these axes."""
+        kept = tuple(r for r in self.rows if all(r.axes.get(k) == v for k, v in axes.items()))
+        return dataclasses.replace(self, rows=kept)
 
     def values(self, axis: str) -> list[Any]:
         """Sorted values that occur on an axis."""
-        return sorted({r.axes[axis] for r in self.rows if axis in r.axes})
+        return sorted({r.axes[axis] for r in self.rows if r.axes.get(axis) is not None})
 
-    def correct(self) -> np.ndarray:
-        return np.array([r.correct for r in self.rows], np.float64)
+    def mean(self, name: str) -> float:
+        """Mean of a numeric field of the rows; NaN when there are none."""
+        return float(np.mean([getattr(r, name) for r in self.rows])) if self.rows else float("nan")
 
-    def axis(self, name: str) -> np.ndarray:
-        return np.array([r.axes.get(name, -1) for r in self.rows])
+    def to_json(self) -> dict[str, Any]:
+        return {"task": self.task, "model": self.model, "about": dict(self.about),
+                "rows": [dataclasses.asdict(r) for r in self.rows]}
 
-    def mean(self, field_: str) -> float:
-        """Mean of a numeric field of the records; nan when there are none."""
-        return float(np.mean([getattr(r, field_) for r in self.rows])) if self.rows else float("nan")
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Records":
+        """Inverse of `to_json`."""
+        rows = tuple(Record(**(dict(r) | {"golds": tuple(r["golds"])})) for r in value["rows"])
+        return cls(task=value["task"], model=value["model"], rows=rows, about=dict(value["about"]))
 
     def save(self, path: str | Path) -> None:
-        lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in self.rows)
-        Path(path).write_text("\n".join(lines) + "\n")
+        """The file appears whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.to_json(), ensure_ascii=False))
+        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Records":
-        rows = (json.loads(line) for line in Path(path).read_text().splitlines() if line)
-        return cls(rows=tuple(Record(**{**r, "golds": tuple(r["golds"])}) for r in rows))
-
-
-def run(items: Iterable[Item], answerer: Answerer, grade: Grade) -> Records:
-    """Ask every item and grade every answer; nothing is skipped (an over-long prompt is a wrong answer, marked)."""
-    asked = list(items)
-    for item in asked:
-        if not item.golds or any(not g.strip() for g in item.golds):
-            raise ValueError(f"item {item.id} has an empty gold answer {item.golds}: it would match anything")
-    if not asked:
-        raise ValueError("the task has no items")
-    answers = answerer([item.question for item in asked])
-    if len(answers) != len(asked):
-        raise ValueError(f"asked {len(asked)} questions, got {len(answers)} answers")
-    return Records(rows=tuple(_record(i, a, grade) for i, a in zip(asked, answers, strict=True)))
-
-
-def _record(item: Item, answer: Answer, grade: Grade) -> Record:
-    usable = answer.finished and not answer.over_long
-    return Record(id=item.id, correct=usable and bool(grade(item, answer)), axes=dict(item.axes), answer=answer.text,
-                  golds=item.golds, thinking_tokens=answer.thinking_tokens, tokens=answer.tokens,
-                  unterminated=not answer.finished, over_long=answer.over_long, seconds=answer.seconds)
+        return cls.from_json(json.loads(Path(path).read_text()))

@@ -35,6 +35,10 @@ def documents_prompt(question: str, documents: Sequence[tuple[str, str]]) -> str
     return f"{INSTRUCTION}\n\n" + "\n".join(lines) + f"\n\nQuestion: {question}\nAnswer:"
 
 
+def single_document_prompt(question: str, text: str) -> str:
+    return f"Read the document and answer the question.\n\nDocument: {text}\n\nQuestion: {question}\nAnswer:"
+
+
 def closed_book_prompt(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
@@ -67,7 +71,7 @@ def question(q: DocumentQuestion | Knights | Arithmetic, draw: Draw) -> str:
     docs = [(_title(doc), _document(doc, Draw(seed, doc))) for doc in q.documents]
     if q.kind == "long_document":
         text = " ".join(text for _, text in docs)
-        return f"Read the document and answer the question.\n\nDocument: {text}\n\nQuestion: {ask}\nAnswer:"
+        return single_document_prompt(ask, text)
     return documents_prompt(ask, docs)
 
 
