@@ -5,13 +5,14 @@
 Rows: the longest text of each row of real traces when `--data` is given (Qwen2.5 ids if its tokenizer is there,
 hashed words otherwise), synthetic ones if not. The top-64 signal is always synthetic, there being no teacher's logits
 in the data: candidates drawn from the rows' own unigrams without replacement, and entropies skewed as a language
-model's are (most tokens near certain, a few wide open); its mean entropy is printed. Naive ways: uncompressed arrays
-with padded rows, memory-mapped; one Parquet file (zstd) read a row group at a time.
+model's are (most tokens near certain, a few wide open); its mean entropy is printed. Naive ways: uncompressed arrays,
+memory-mapped (in the system's cache, as this run has just written them); one Parquet file (zstd), a row group a read.
 """
 
 import argparse
 import gzip
 import json
+import os
 import platform
 import tempfile
 import time
@@ -97,20 +98,28 @@ def make_rows(texts: Iterator[str], encode: Callable, tokens: int) -> list[Row]:
     return rows
 
 
-def make_signal(row: Row, unigram: np.ndarray, rng: np.random.Generator) -> TopKRow:
-    """Top 64 at each token: distinct ids from the unigram (flattened), log-probs of a geometric-like tail whose
-    entropy varies from token to token."""
-    n = len(row)
-    pool = np.stack([rng.choice(len(unigram), 4 * K, p=unigram) for _ in range(8)])
-    ids = np.empty((n, K), np.int64)
-    for t in range(n):
-        first = dict.fromkeys([int(row.tokens[t]), *pool[t % 8][rng.permutation(4 * K)].tolist()])
-        fill = [i for i in range(K) if i not in first] if len(first) < K else []
-        ids[t] = [*first, *fill][:K]
-    slope = 0.15 + rng.gamma(1.2, 3.0, (n, 1))  # nats lost from one rank to the next, at the top
-    logits = -slope * np.log1p(np.arange(K + 200)) * 1.5 + rng.normal(size=(n, K + 200)) * 0.3
-    logprobs = -np.sort(-(logits - np.log(np.exp(logits).sum(1, keepdims=True))), 1)[:, :K]
-    return TopKRow(ids=ids, logprobs=logprobs.astype(np.float32), mask=np.arange(n) > 0)
+class Teacher:
+    """Makes a top-64 signal: distinct ids from the flattened unigram with the true token first, Zipf log-probs whose
+    exponent, and so whose entropy, varies from token to token."""
+
+    def __init__(self, rows: list[Row], seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        counts = np.bincount(np.concatenate([r.tokens for r in rows])) ** 0.75
+        share = counts / counts.sum()
+        size = min(1024, 1 << (int(np.count_nonzero(counts)).bit_length() - 1))
+        self._pools = np.stack([self._rng.choice(len(share), size, replace=False, p=share) for _ in range(64)])
+
+    def __call__(self, row: Row) -> TopKRow:
+        n, rng, size = len(row), self._rng, self._pools.shape[1]
+        step = 2 * rng.integers(0, size // 2, (n, 1)) + 1  # odd: all places of the pool are different
+        places = (rng.integers(0, size, (n, 1)) + step * np.arange(K + 1)) % size
+        drawn = self._pools[rng.integers(0, 64, (n, 1)), places]
+        others = np.take_along_axis(drawn, np.argsort(drawn == row.tokens[:, None], axis=1, kind="stable"), axis=1)
+        ids = np.concatenate([row.tokens[:, None], others[:, : K - 1]], axis=1)
+        exponent = 1.5 + rng.gamma(1.0, 5.0, (n, 1))
+        logits = -exponent * np.log1p(np.arange(400)) + rng.normal(size=(n, 400)) * 0.3
+        logprobs = -np.sort(-(logits - np.log(np.exp(logits).sum(1, keepdims=True))), 1)[:, :K]
+        return TopKRow(ids=ids, logprobs=logprobs.astype(np.float32), mask=np.arange(n) > 0)
 
 
 def size(path: Path) -> int:
@@ -129,7 +138,7 @@ def timed(read: Callable[[np.ndarray], int], rows: int, seed: int, seconds: floa
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--data", type=Path)
+    ap.add_argument("--data", type=Path, help="folder of the real data")
     ap.add_argument("--tokens", type=int, default=600_000)
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()
@@ -137,12 +146,12 @@ def main() -> None:
     rows = make_rows(real_texts(args.data) if args.data else synthetic_texts(args.seed), encode, args.tokens)
     lengths = np.array([len(r) for r in rows])
     total = int(lengths.sum())
-    counts = np.bincount(np.concatenate([r.tokens for r in rows]), minlength=151_643) ** 0.75
-    rng = np.random.default_rng(args.seed)
-    signals = [make_signal(r, counts / counts.sum(), rng) for r in rows]
+    teacher = Teacher(rows, args.seed)
+    signals = [teacher(r) for r in rows]
     p = np.concatenate([np.exp(s.logprobs.astype(np.float64)) for s in signals])
     lp = np.concatenate([s.logprobs for s in signals])
-    print(f"{platform.machine()}, {'real' if args.data else 'synthetic'} traces, {name}: {len(rows)} rows, "
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}: "
+          f"{'real' if args.data else 'synthetic'} traces, {name}: {len(rows)} rows, "
           f"{total:,} tokens, lengths {lengths.min()} / {int(np.median(lengths))} / {lengths.max()} (min/median/max)")
     print(f"signal: top {K}, entropy of the kept part {-(p * lp).sum(1).mean():.2f} nats, "
           f"kept mass {p.sum(1).mean():.4f}")
@@ -159,7 +168,7 @@ def run(folder: Path, rows: list[Row], signals: list[TopKRow], total: int, seed:
     wrote = time.perf_counter() - begun
     n = len(rows)
     table(f"{'':34}{'bytes/token':>12}{'random reads, tok/s':>22}{'write, tok/s':>15}")
-    text = sum(f[0] for c in store.shards for f in c.array("text").files.values())
+    text = sum(f[0] for c in store.shards for f in c.arrays["text"].files.values())
     bare = size(folder / "store") - text
     fast = timed(lambda ids: sum(len(r) for r in store.read(ids)), n, seed)
     table(f"{'tokens, roles, spans':34}{bare / total:12.2f}{fast:22,.0f}{total / wrote:15,.0f}")
@@ -177,9 +186,23 @@ def run(folder: Path, rows: list[Row], signals: list[TopKRow], total: int, seed:
         used = size(folder / "store" / "signals" / f"m{mass}") / total
         ours[mass] = (used, rate)
         table(f"{label:34}{used:12.2f}{rate:22,.0f}{total / took:15,.0f}")
+    print(f"KL(given || stored) over 64 outcomes and tail: {kl(store, signals):.1e} nats a token")
     for label, used, rate in naive(folder, rows, signals, total, seed):
         a, b = ours[1.0]
         table(f"{label:34}{used:12.2f}{rate:22,.0f}    ours: {used / a:.1f}x fewer bytes, {b / rate:.2f}x the speed")
+
+
+def kl(store: TraceStore, signals: list[TopKRow]) -> float:
+    """Mean KL between the signal as given and as stored by `topk:64`."""
+    total, count = 0.0, 0
+    for given, got in zip(signals, store.signal("m1.0").read(range(len(signals)))):
+        on = given.mask
+        assert got.tail is not None and np.array_equal(given.ids[on], got.ids[on])
+        lp = given.logprobs[on].astype(np.float64)
+        p, tail = np.exp(lp), np.maximum(1 - np.exp(lp).sum(1), 1e-12)
+        total += float((p * (lp - got.logprobs[on])).sum() + (tail * np.log(tail / got.tail[on])).sum())
+        count += int(on.sum())
+    return total / count
 
 
 def table(line: str) -> None:
@@ -189,20 +212,18 @@ def table(line: str) -> None:
 def naive(folder: Path, rows: list[Row], signals: list[TopKRow], total: int, seed: int
           ) -> Iterator[tuple[str, float, float]]:
     """(label, bytes a token, tokens a second) of the top-64 signal stored the naive ways."""
-    lengths = np.array([len(r) for r in rows])
-    n, longest = len(rows), int(lengths.max())
-    ids_at, lp_at = folder / "ids.npy", folder / "logprobs.npy"
-    ids = np.lib.format.open_memmap(ids_at, "w+", np.int32, (n, longest, K))
-    lps = np.lib.format.open_memmap(lp_at, "w+", np.float32, (n, longest, K))
-    for i, s in enumerate(signals):
-        ids[i, : lengths[i]], lps[i, : lengths[i]] = s.ids, s.logprobs
-    ids.flush(), lps.flush()
-    a, b = np.load(ids_at, mmap_mode="r"), np.load(lp_at, mmap_mode="r")
+    n, ends = len(rows), np.cumsum([len(r) for r in rows])
+    places = folder / "ids.npy", folder / "logprobs.npy"
+    np.save(places[0], np.concatenate([s.ids for s in signals]).astype(np.int32))
+    np.save(places[1], np.concatenate([s.logprobs for s in signals]))
+    a, b = (np.load(p, mmap_mode="r") for p in places)
 
     def mapped(wanted: np.ndarray) -> int:
-        return sum(len(np.array(a[i, : lengths[i]])) + 0 * len(np.array(b[i, : lengths[i]])) for i in wanted)
-    yield "npy, padded rows, memory-mapped", (size_of(ids_at) + size_of(lp_at)) / total, timed(mapped, n, seed)
-    ids_at.unlink(), lp_at.unlink()
+        got = [(a[ends[i] - len(rows[i]) : ends[i]].copy(), b[ends[i] - len(rows[i]) : ends[i]].copy()) for i in wanted]
+        return sum(len(x) for x, _ in got)
+    yield "npy int32 + float32, memory-mapped", sum(map(size_of, places)) / total, timed(mapped, n, seed)
+    for p in places:
+        p.unlink()
 
     path, group = folder / "signal.parquet", 16
     columns = {"ids": [s.ids.reshape(-1) for s in signals], "logprobs": [s.logprobs.reshape(-1) for s in signals]}

@@ -188,7 +188,6 @@ def cache_dir() -> Path:
 def _cache_key(store: TraceStore, chosen: np.ndarray, tok: Tokenizer, style: Style) -> str:
     head = [store.header.to_json(), len(store), tok.hash, template_id(tok, style=style)]
     h = hashlib.blake2b(json.dumps(head, sort_keys=True, default=str).encode(), digest_size=12)
-    for commit in store.shards:
-        h.update("".join(commit.body["columns"]["digests"]).encode())
+    h.update(store.fingerprint().encode())
     h.update(np.asarray(chosen, np.int64).tobytes())
     return h.hexdigest()

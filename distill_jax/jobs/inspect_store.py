@@ -42,8 +42,8 @@ def stored_bytes(shards: Sequence[Any]) -> dict[str, int]:
     """Bytes on disk of each array over all shards."""
     out: Counter[str] = Counter()
     for commit in shards:
-        for name in commit.body["arrays"]:
-            out[name] += sum(size for size, _ in commit.array(name).files.values())
+        for name, meta in commit.arrays.items():
+            out[name] += sum(size for size, _ in meta.files.values())
     return dict(out)
 
 

@@ -10,7 +10,6 @@ so that reading it touches no neighbour and damage belongs to one row; the zeros
 bytes after zstd. Planes compress apart because each has its own statistics.
 """
 
-import dataclasses
 import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,17 +52,18 @@ class ArrayMeta:
     path: str
     planes: tuple[str, ...]
     chunk: int
-    sums: tuple[int, ...]
+    sums: Sequence[int] | np.ndarray
     files: Mapping[str, tuple[int, str]]
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {"path": self.path, "planes": self.planes, "chunk": self.chunk, "sums": [int(s) for s in self.sums],
+                "files": self.files}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "ArrayMeta":
         files = {k: (int(v[0]), str(v[1])) for k, v in value["files"].items()}
         return cls(path=value["path"], planes=tuple(value["planes"]), chunk=value["chunk"],
-                   sums=tuple(value["sums"]), files=files)
+                   sums=np.array(value["sums"], np.uint32), files=files)
 
 
 def chunk_length(sizes: np.ndarray, least: int, most: int) -> int:
@@ -89,7 +89,7 @@ class Table:
 
     rows: list[np.ndarray]
     names: list[str]
-    seeds: list[int]
+    seeds: np.ndarray
     least: int
     most: int
 
@@ -119,7 +119,7 @@ def encode(table: Table) -> Encoded:
     chunk = chunk_length(sizes, table.least, table.most)
     highest = [r.max(axis=1, initial=0) for r in rows]
     keep = np.flatnonzero(np.max(highest, axis=0)) if rows else np.zeros(0, np.int64)
-    sums = tuple(row_sum((row[i] for i in keep), seed) for row, seed in zip(rows, table.seeds, strict=True))
+    sums = tuple(row_sum((row[i] for i in keep), int(seed)) for row, seed in zip(rows, table.seeds, strict=True))
     first = first_chunks(sizes, chunk)
     shape = (int(first[-1]), len(keep), chunk)
     if 0 in shape:
@@ -169,7 +169,7 @@ class RaggedArray:
     commit, not from `zarr.json`, which is there for other readers: nothing unverified decides how bytes are read.
     """
 
-    def __init__(self, kvstore: dict[str, Any], meta: ArrayMeta, sizes: np.ndarray, seeds: Sequence[int],
+    def __init__(self, kvstore: dict[str, Any], meta: ArrayMeta, sizes: np.ndarray, seeds: np.ndarray,
                  context: Any) -> None:
         self.meta = meta
         self.sizes = sizes
@@ -193,7 +193,7 @@ class RaggedArray:
         if future is not None:
             data = future.result()
             planes = {name: data[:, i, :].reshape(-1)[:n] for i, name in enumerate(self.meta.planes)}
-        if row_sum(planes.values(), self._seeds[row]) != self.meta.sums[row]:
+        if row_sum(planes.values(), int(self._seeds[row])) != int(self.meta.sums[row]):
             raise ValueError("the row's checksum does not match: its bytes are missing or those of another row")
         return planes
 

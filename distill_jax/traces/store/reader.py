@@ -26,14 +26,14 @@ class Layout(Protocol):
         """int [rows]: entries of each row in an array."""
         ...
 
-    def seeds(self, commit: Commit, table: str) -> Sequence[int]:
-        """What the rows' checksums begin with in an array."""
+    def seeds(self, commit: Commit, table: str) -> np.ndarray:
+        """uint32 [rows]: what the rows' checksums begin with in an array."""
         ...
 
 
-def seed_of(digest: str) -> int:
-    """CRC seed of a row's content checksum."""
-    return int(digest, 16) & 0xFFFFFFFF
+def seeds_of(digests: np.ndarray) -> np.ndarray:
+    """CRC seeds of rows, uint32: the low half of their content checksums."""
+    return (digests & np.uint64(0xFFFFFFFF)).astype(np.uint32)
 
 
 class Reader:
@@ -101,7 +101,7 @@ class Reader:
             if found is not None:
                 self._open.move_to_end(key)
                 return found
-        meta = commit.array(table)
+        meta = commit.arrays[table]
         made = RaggedArray(self.shards.kv.below(meta.path), meta, self._layout.sizes(commit, table),
                            self._layout.seeds(commit, table), self._context)
         with self._lock:

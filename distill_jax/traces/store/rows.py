@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class RowIndex:
     lengths   int32 [N]  tokens
     groups    N strings  `trace.group`: rows of one question share it
     verdicts  int8 [N]   1 right, 0 wrong, -1 not checked
-    flags     N tuples   `trace.flags`
+    flags     N tuples   `trace.flags`, sorted
     """
 
     lengths: np.ndarray
@@ -112,7 +113,7 @@ def encode_tokens(row: RowArrays) -> np.ndarray:
     return to_planes({name: (columns[name], width) for name, width in TOKEN_WIDTHS.items()})
 
 
-def decode_tokens(planes: dict[str, np.ndarray], n: int) -> RowArrays:
+def decode_tokens(planes: Mapping[str, np.ndarray], n: int) -> RowArrays:
     """Inverse of `encode_tokens`."""
     parts = (column(planes, "part", n) - 1).astype(np.int16)
     length = column(planes, "length", n)

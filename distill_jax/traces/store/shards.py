@@ -8,9 +8,13 @@ touches the files of a committed shard; the loser of a race for one number gets 
 """
 
 import contextlib
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 import distill_jax.traces.store.ragged as ragged
 from distill_jax.traces.store.kv import Kv
@@ -19,18 +23,41 @@ from distill_jax.traces.store.sealed import CorruptShard, canonical, seal, unsea
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """One committed shard: its number, its first row in the store, and the body of its JSON file."""
+    """One committed shard, some 50 bytes a row.
+
+    number, first_row, rows
+    columns  what is known of each row: arrays, `digests` uint64, `groups` strings, `flags` {name: rows that have it}
+    arrays   how each array is stored
+    body     the rest of the JSON file (state of the writer, counts)
+    """
 
     number: int
     first_row: int
+    rows: int
+    columns: Mapping[str, Any]
+    arrays: Mapping[str, ragged.ArrayMeta]
     body: Mapping[str, Any]
 
-    @property
-    def rows(self) -> int:
-        return self.body["rows"]
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> "Commit":
+        """From the JSON object of a commit."""
+        rest = {k: v for k, v in body.items() if k not in ("columns", "arrays")}
+        columns = {name: _compact(name, values) for name, values in body["columns"].items()}
+        arrays = {name: ragged.ArrayMeta.from_json(v) for name, v in body["arrays"].items()}
+        return cls(number=body["shard"], first_row=body["first_row"], rows=body["rows"], columns=columns,
+                   arrays=arrays, body=rest)
 
-    def array(self, name: str) -> ragged.ArrayMeta:
-        return ragged.ArrayMeta.from_json(self.body["arrays"][name])
+
+def _compact(name: str, values: Any) -> Any:
+    """A column of a commit in little memory: a store may have millions of rows."""
+    if name == "digests":
+        return np.array([int(v, 16) for v in values], np.uint64)
+    if name == "groups":
+        return tuple(sys.intern(v) for v in values)
+    if name == "flags":
+        return {flag: np.array(rows, np.int32) for flag, rows in values.items()}
+    kinds = {"verdicts": np.int8, "documents": np.int64, "outcomes": np.int64}
+    return np.array(values, kinds.get(name, np.int32))
 
 
 class Shards:
@@ -59,7 +86,7 @@ class Shards:
             first = self.commits[-1].first_row + self.commits[-1].rows if self.commits else 0
             if (body["shard"], body["first_row"], body["owner"]) != (number, first, self.owner):
                 raise CorruptShard(f"{self._key(number)} belongs to another place or store", shard=number)
-            self.commits.append(Commit(number=number, first_row=first, body=body))
+            self.commits.append(Commit.of(body))
 
     def _key(self, number: int) -> str:
         return f"{self.prefix}shards/{number:06d}.json"
@@ -87,11 +114,11 @@ class Shards:
             raise
         if not self.kv.write_new(self._key(number), data):
             self.refresh()
-            if not any(m["path"].startswith(place) for m in self.commits[number].body["arrays"].values()):
+            if not any(m.path.startswith(place) for m in self.commits[number].arrays.values()):
                 self._drop(tag)
             raise ValueError(f"{self.kv.url}: another writer has committed {self._key(number)} meanwhile; one store "
                              "or signal takes one writer at a time. Run again to continue after its last shard")
-        self.commits.append(Commit(number=number, first_row=self.total, body=full))
+        self.commits.append(Commit.of(json.loads(canonical(full))))
         if not self._clean:
             self._drop_leftovers(number, tag)
             self._clean = True
@@ -108,7 +135,7 @@ class Shards:
 
     def verify_files(self, commit: Commit) -> None:
         """Compare every data file of a shard with the checksums of its commit."""
-        for meta in (commit.array(n) for n in commit.body["arrays"]):
+        for meta in commit.arrays.values():
             keys = [meta.path + f for f in meta.files]
             for key, (size, expected), data in zip(keys, meta.files.values(), self.kv.read_many(keys)):
                 if data is None:

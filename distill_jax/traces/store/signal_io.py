@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.traces.store.ragged import Table, column, plane_names, to_planes
-from distill_jax.traces.store.reader import Reader, seed_of
+from distill_jax.traces.store.reader import Reader, seeds_of
 from distill_jax.traces.store.sealed import CorruptShard
 from distill_jax.traces.store.shards import Commit, Shards
 from distill_jax.traces.store.signals import Columns, SignalHeader, SignalRow, make_codec
@@ -19,19 +19,19 @@ CHUNKS = {"tokens": (256, 4096), "outcomes": (4096, 65536)}
 
 class _Layout:
     def sizes(self, commit: Commit, table: str) -> np.ndarray:
-        return np.array(commit.body["columns"][table], np.int64)
+        return commit.columns[table]
 
-    def seeds(self, commit: Commit, table: str) -> list[int]:
-        return [0] if table == "vocabulary" else [seed_of(d) for d in commit.body["columns"]["digests"]]
+    def seeds(self, commit: Commit, table: str) -> np.ndarray:
+        return np.zeros(1, np.uint32) if table == "vocabulary" else seeds_of(commit.columns["digests"])
 
 
 def _load_vocabulary(reader: Reader) -> Vocabulary:
     """The numbering of ids, which the first shard holds."""
     commits = reader.shards.commits
-    if not commits or "vocabulary" not in commits[0].body["arrays"]:
+    if not commits or "vocabulary" not in commits[0].arrays:
         return Vocabulary(np.zeros(0, np.int32))
     planes = reader.table(commits[0], "vocabulary")
-    return Vocabulary(column(planes, "id", commits[0].body["columns"]["vocabulary"][0]))
+    return Vocabulary(column(planes, "id", int(commits[0].columns["vocabulary"][0])))
 
 
 class SignalReader:
@@ -57,7 +57,7 @@ class SignalReader:
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[SignalRow]:
         """The signal of many rows, in the order asked: `TopKRow` or `TokenRow` by the header's kind."""
-        return [self._codec.decode(tables, commit.body["columns"]["tokens"][at], self._vocabulary)
+        return [self._codec.decode(tables, int(commit.columns["tokens"][at]), self._vocabulary)
                 for commit, at, tables in self._reader.read(ids, tuple(self._codec.widths))]
 
     def verify(self) -> None:
@@ -96,7 +96,7 @@ class SignalWriter(Writer):
         if number >= self._rows.total:
             raise ValueError(f"the store has {self._rows.total} rows and all of them have this signal")
         commit = self._rows.commits[len(self._shards.commits)]
-        length = commit.body["columns"]["lengths"][number - commit.first_row]
+        length = int(commit.columns["lengths"][number - commit.first_row])
         try:
             self._encoded.append(self._codec.encode(signal, length))
         except ValueError as e:
@@ -111,16 +111,16 @@ class SignalWriter(Writer):
         return number < len(self._rows.commits) and self._rows.commits[number].rows == 0
 
     def _commit(self) -> None:
-        digests = self._rows.commits[len(self._shards.commits)].body["columns"]["digests"]
-        seeds = [seed_of(d) for d in digests]
-        columns: dict[str, Any] = {"digests": digests}
+        digests = self._rows.commits[len(self._shards.commits)].columns["digests"]
+        seeds = seeds_of(digests)
+        columns: dict[str, Any] = {"digests": [f"{int(d):016x}" for d in digests]}
         tables: dict[str, Table] = {}
         ids = [row["outcomes"]["id"] for row in self._encoded if "outcomes" in row]
         vocabulary = Vocabulary.of(ids) if not self._shards.commits else self._vocabulary
         if not self._shards.commits and len(vocabulary.ids):
             columns["vocabulary"] = [len(vocabulary.ids)]
             tables["vocabulary"] = Table(rows=[to_planes({"id": (vocabulary.ids, 3)})], names=plane_names({"id": 3}),
-                                         seeds=[0], least=4096, most=65536)
+                                         seeds=np.zeros(1, np.uint32), least=4096, most=65536)
         for table, widths in self._codec.widths.items():
             rows = []
             for values in self._encoded:
@@ -155,11 +155,11 @@ def _check_rows(name: str, commit: Commit, rows: Shards) -> None:
     where = f"signal {name!r}"
     if commit.number >= len(rows.commits):
         raise CorruptShard(f"{where} has this shard, the store does not", shard=commit.number)
-    ours, theirs = commit.body["columns"]["digests"], rows.commits[commit.number].body["columns"]["digests"]
+    ours, theirs = commit.columns["digests"], rows.commits[commit.number].columns["digests"]
     if len(ours) != len(theirs):
         raise CorruptShard(f"{where} was made for {len(ours)} rows, the store's shard has {len(theirs)}",
                            shard=commit.number)
-    for at, (a, b) in enumerate(zip(ours, theirs)):
-        if a != b:
-            raise CorruptShard(f"{where} was made for another row than the one that stands there",
-                               shard=commit.number, row=commit.first_row + at)
+    other = np.flatnonzero(ours != theirs)
+    if len(other):
+        raise CorruptShard(f"{where} was made for another row than the one that stands there", shard=commit.number,
+                           row=commit.first_row + int(other[0]))

@@ -8,6 +8,7 @@
 See `shards` for how a shard becomes visible, `ragged` for the arrays, `quantise` for the log-probs.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from distill_jax.traces.store.header import StoreHeader
 from distill_jax.traces.store.kv import Kv
-from distill_jax.traces.store.reader import Reader, seed_of
+from distill_jax.traces.store.reader import Reader, seeds_of
 from distill_jax.traces.store.rows import (
     Row,
     RowArrays,
@@ -41,10 +42,10 @@ Ids = Sequence[int] | np.ndarray
 
 class _RowLayout:
     def sizes(self, commit: Commit, table: str) -> np.ndarray:
-        return np.array(commit.body["columns"]["lengths" if table == "tokens" else "documents"], np.int64)
+        return commit.columns["lengths" if table == "tokens" else "documents"]
 
-    def seeds(self, commit: Commit, table: str) -> list[int]:
-        return [seed_of(d) for d in commit.body["columns"]["digests"]]
+    def seeds(self, commit: Commit, table: str) -> np.ndarray:
+        return seeds_of(commit.columns["digests"])
 
 
 class TraceStore:
@@ -124,26 +125,41 @@ class TraceStore:
 
     def index(self) -> RowIndex:
         """Lengths, groups, verdicts and flags of all rows; reads nothing."""
-        gather = lambda name: [v for c in self._shards.commits for v in c.body["columns"][name]]
-        verdicts = [-1 if v is None else int(v) for v in gather("verdicts")]
-        return RowIndex(lengths=self.lengths(), groups=tuple(gather("groups")),
-                        verdicts=np.array(verdicts, np.int8), flags=tuple(tuple(f) for f in gather("flags")))
+        flags: list[tuple[str, ...]] = [()] * len(self)
+        for commit in self._shards.commits:
+            for flag, rows in sorted(commit.columns["flags"].items()):
+                for at in rows:
+                    flags[commit.first_row + int(at)] += (flag,)
+        groups = tuple(g for c in self._shards.commits for g in c.columns["groups"])
+        return RowIndex(lengths=self.lengths(), groups=groups, verdicts=self._column("verdicts", np.int8),
+                        flags=tuple(flags))
 
     def lengths(self) -> np.ndarray:
         """int32 [N]: tokens of each row; reads nothing."""
-        return np.array([n for c in self._shards.commits for n in c.body["columns"]["lengths"]], np.int32)
+        return self._column("lengths", np.int32)
+
+    def _column(self, name: str, dtype: Any) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(c.columns[name] for c in self._shards.commits)])
+
+    def fingerprint(self) -> str:
+        """Hash of the content of all rows, tokens and text: the same for the same rows in the same order, however
+        they are cut into shards."""
+        h = hashlib.sha256(self._column("digests", np.uint64).tobytes())
+        for commit in self._shards.commits:
+            h.update(np.asarray(commit.arrays["text"].sums, np.uint32).tobytes())
+        return h.hexdigest()[:32]
 
     def row(self, i: int) -> Row:
         """One row with its trace and text."""
         for commit, at, tables in self._reader.read([i], ("tokens", "text")):
-            arrays = decode_tokens(dict(tables["tokens"]), commit.body["columns"]["lengths"][at])
+            arrays = decode_tokens(tables["tokens"], int(commit.columns["lengths"][at]))
             text, trace = decode_document(_document(tables))
             return Row(**vars(arrays), text=text, trace=trace)
         raise AssertionError("the reader yields one entry per id")
 
     def read(self, ids: Ids) -> list[RowArrays]:
         """The arrays of many rows, in the order asked; reads run concurrently."""
-        return [decode_tokens(dict(tables["tokens"]), commit.body["columns"]["lengths"][at])
+        return [decode_tokens(tables["tokens"], int(commit.columns["lengths"][at]))
                 for commit, at, tables in self._reader.read(ids, ("tokens",))]
 
     def traces(self, ids: Ids | None = None) -> Iterator[Trace]:
@@ -187,11 +203,10 @@ class TraceStore:
         """Read and check every byte of the store and its signals. Raises CorruptShard for the first damage."""
         fresh = TraceStore.open(self.url)
         for commit in fresh._shards.commits:
-            digests = commit.body["columns"]["digests"]
             ids = range(commit.first_row, commit.first_row + commit.rows)
             for _, at, tables in fresh._reader.read(np.array(ids), ("tokens", "text")):
-                arrays = decode_tokens(dict(tables["tokens"]), commit.body["columns"]["lengths"][at])
-                if digest(arrays) != digests[at]:
+                arrays = decode_tokens(tables["tokens"], int(commit.columns["lengths"][at]))
+                if int(digest(arrays), 16) != int(commit.columns["digests"][at]):
                     raise CorruptShard("the row's content does not match its checksum", shard=commit.number,
                                        row=commit.first_row + at)
                 decode_document(_document(tables))

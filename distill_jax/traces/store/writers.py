@@ -8,7 +8,7 @@ import numpy as np
 
 from distill_jax.core.roles import Role
 from distill_jax.traces.store.ragged import Table
-from distill_jax.traces.store.reader import seed_of
+from distill_jax.traces.store.reader import seeds_of
 from distill_jax.traces.store.rows import TOKEN_PLANES, Row, checked, digest, encode_document, encode_tokens
 from distill_jax.traces.store.shards import Shards
 
@@ -61,7 +61,8 @@ class StoreWriter(Writer):
         self._tokens: list[np.ndarray] = []
         self._documents: list[np.ndarray] = []
         self._columns: dict[str, list[Any]] = {
-            name: [] for name in ("lengths", "digests", "documents", "groups", "verdicts", "flags")}
+            name: [] for name in ("lengths", "digests", "documents", "groups", "verdicts")}
+        self._flags: dict[str, list[int]] = {}
         self._roles: Counter[str] = Counter()
 
     @property
@@ -78,10 +79,12 @@ class StoreWriter(Writer):
             self.state = state
         self._tokens.append(encode_tokens(arrays))
         self._documents.append(document[None, :])
+        verdict = -1 if row.trace.verdict is None else int(row.trace.verdict)
         for name, value in (("lengths", len(arrays)), ("digests", digest(arrays)), ("documents", len(document)),
-                            ("groups", row.trace.group), ("verdicts", row.trace.verdict),
-                            ("flags", list(row.trace.flags))):
+                            ("groups", row.trace.group), ("verdicts", verdict)):
             self._columns[name].append(value)
+        for flag in dict.fromkeys(row.trace.flags):
+            self._flags.setdefault(flag, []).append(len(self._tokens) - 1)
         for role, count in enumerate(np.bincount(arrays.roles)):
             if count:
                 self._roles[Role(role).name.lower()] += int(count)
@@ -91,9 +94,9 @@ class StoreWriter(Writer):
         return number
 
     def _flush(self, *, final: bool) -> None:
-        seeds = [seed_of(d) for d in self._columns["digests"]]
-        body = {"rows": len(self._tokens), "columns": self._columns, "roles": dict(self._roles), "final": final,
-                "state": self.state}
+        seeds = seeds_of(np.array([int(d, 16) for d in self._columns["digests"]], np.uint64))
+        body = {"rows": len(self._tokens), "columns": {**self._columns, "flags": self._flags},
+                "roles": dict(self._roles), "final": final, "state": self.state}
         tables = {"tokens": Table(rows=self._tokens, names=TOKEN_PLANES, seeds=seeds, least=256, most=4096),
                   "text": Table(rows=self._documents, names=["byte.0"], seeds=seeds, least=4096, most=65536)}
         try:

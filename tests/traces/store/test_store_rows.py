@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from distill_jax.traces.store import StoreHeader, TraceStore, compatible
+from distill_jax.traces.store import Row, StoreHeader, TraceStore, compatible
 from distill_jax.traces.store.rows import decode_tokens, encode_tokens
 from tests.traces.store.store_builders import HEADER, build, make_row, same_arrays
 
@@ -52,6 +52,18 @@ def test_concurrent_reads(store):
 
 def test_pickles_for_worker_processes(store):
     same_arrays(pickle.loads(pickle.dumps(store)).read([4])[0], make_row(4))
+
+
+def test_fingerprint_is_of_the_content(tmp_path, store):
+    """Other shards, same fingerprint; another gold answer, which is only in the text, another one."""
+    assert build(tmp_path / "a", rows=20, shard_rows=3).fingerprint() == store.fingerprint()
+    changed = TraceStore.create(tmp_path / "b", HEADER)
+    with changed.writer() as writer:
+        for i in range(20):
+            row = make_row(i)
+            trace = row.trace.replace(gold="7") if i == 13 else row.trace
+            writer.append(Row(**{**vars(row), "trace": trace}))
+    assert changed.fingerprint() != store.fingerprint()
 
 
 def test_outside(store):

@@ -99,7 +99,7 @@ def test_ids_that_repeat_are_ranked(tmp_path, empty_first):
     with store.signal_writer("s", header) as writer:
         for i in range(writer.next_row, 12):
             writer.append(made[i])
-    assert ("vocabulary" in store.signal("s").shards[0].body["arrays"]) != empty_first
+    assert ("vocabulary" in store.signal("s").shards[0].arrays) != empty_first
     TraceStore.open(store.url).verify()
     for s, got in zip(made, store.signal("s").read(range(12))):
         np.testing.assert_array_equal(got.ids, s.ids)
