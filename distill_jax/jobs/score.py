@@ -1,0 +1,276 @@
+"""`distill-jax score`: what a teacher thinks of every token of a store, written beside it as a signal.
+
+Same tokenizer and template: the teacher reads the stored tokens. Same learned vocabulary, but another template or other
+added tokens: the teacher reads the trace rendered as it knows it, and the signal goes to the stored tokens by byte
+offsets. Another vocabulary: refused.
+
+Works shard by shard, always with the same batches: killed and started again, the signal is the same to the bit (same
+machine and devices).
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distill_jax.core.roles import SUPERVISED, Role
+from distill_jax.core.tree import paths
+from distill_jax.data.align import Alignment, align, gather_token, gather_topk, require_coverage, token_map
+from distill_jax.data.render import render, template_id
+from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.jobs.progress import Ticker
+from distill_jax.rollout.scoring import Scorer, SignalSpec, Totals
+from distill_jax.traces.store import RowArrays, SignalHeader, TokenRow, TopKRow, TraceStore
+from distill_jax.traces.store.shards import Commit
+from distill_jax.traces.trace import Trace
+
+SAMPLE = 256
+"""Rows whose coverage is looked at before anything is scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """store: folder or URL. teacher: a MODEL. signal: `topk:K` or `token`. name: of the signal, `topk64` by default.
+
+    batch_tokens  padded tokens of a batch
+    dtype         of the teacher's computation; "auto": bfloat16 on an accelerator, float32 on the CPU
+    on            roles to score; None: all tokens
+    precision     how log-probs are stored, see `traces.store.quantise`; "" for the signal's default
+    skip_long     rows longer than the teacher's context get no signal (else they are an error)
+    tokenizer     the teacher's, if it is not beside the teacher
+    """
+
+    store: str
+    teacher: str
+    signal: str = "topk:64"
+    name: str = ""
+    batch_tokens: int = 16384
+    dtype: str = "auto"
+    on: tuple[Role, ...] | None = SUPERVISED
+    precision: str = ""
+    skip_long: bool = False
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        SignalSpec.parse(self.signal)
+        if self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
+        if self.dtype != "auto" and self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype {self.dtype!r}: expected auto, float32, bfloat16 or float16")
+
+    @property
+    def compute_dtype(self) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    @property
+    def signal_name(self) -> str:
+        return self.name or str(SignalSpec.parse(self.signal)).replace(":", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Sums of one shard, or of several: the teacher's numbers, and tokens and rows that found no signal."""
+
+    totals: Totals = field(default_factory=Totals)
+    rows: int = 0
+    supervised: int = 0
+    covered: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        keys = {*self.skipped, *other.skipped}
+        return Tally(totals=self.totals + other.totals, rows=self.rows + other.rows,
+                     supervised=self.supervised + other.supervised, covered=self.covered + other.covered,
+                     skipped={k: self.skipped.get(k, 0) + other.skipped.get(k, 0) for k in sorted(keys)})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "totals": self.totals.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Tally":
+        return cls(**{**value, "totals": Totals.from_json(value["totals"])})
+
+    def report(self) -> dict[str, Any]:
+        """`rows`, `rows_without_signal` by reason, `coverage`, and the means of `Totals`."""
+        return {"rows": self.rows, "rows_without_signal": self.skipped,
+                "coverage": self.covered / self.supervised if self.supervised else 1.0, **self.totals.means()}
+
+
+class _Reader:
+    """What the teacher reads of a store's rows, and how its signal goes back to them."""
+
+    def __init__(self, store: TraceStore, tok: Tokenizer, skip_long: bool, context: int) -> None:
+        self.store, self.tok, self.skip_long, self.context = store, tok, skip_long, context
+        self.stored = store.header.tokenizer.get("hash") == tok.hash and store.header.template == template_id(tok)
+        self.mapping = None if self.stored else token_map(tok.info(), store.header.tokenizer)
+
+    def check(self) -> None:
+        """Raises ValueError for a store that this teacher cannot score, before anything is written."""
+        if self.stored:
+            long = int((self.store.lengths() > self.context).sum())
+            if long and not self.skip_long:
+                raise ValueError(f"{long:,} of {len(self.store):,} rows are longer than the teacher's context of "
+                                 f"{self.context} tokens (the longest has {self.store.lengths().max():,}); score the "
+                                 "others with --skip-long, or use a teacher with a longer context")
+            return
+        sample = np.unique(np.linspace(0, len(self.store) - 1, min(SAMPLE, len(self.store))).astype(int))
+        found = zip(self.store.read(sample), self.store.traces(sample))
+        require_coverage(align(row, target, self.mapping) for target, trace in found
+                         if (row := self._rendered(trace)) is not None)
+
+    def shard(self, commit: Commit) -> Iterator["_Item"]:
+        ids = np.arange(commit.first_row, commit.first_row + commit.rows)
+        targets = self.store.read(ids)
+        traces: Any = [None] * len(ids) if self.stored else self.store.traces(ids)
+        for number, target, trace in zip(ids, targets, traces):
+            source = target if self.stored else self._rendered(trace)
+            if source is None:
+                yield _Item(target=target, source=None, why="cannot_render")
+            elif len(source.tokens) > self.context:
+                if not self.skip_long:
+                    raise ValueError(f"row {number} has {len(source.tokens)} tokens as the teacher reads it, more than "
+                                     f"its context of {self.context}; score the others with --skip-long")
+                yield _Item(target=target, source=None, why="longer_than_context")
+            else:
+                yield _Item(target=target, source=source,
+                            alignment=None if self.stored else align(source, target, self.mapping))
+
+    def _rendered(self, trace: Trace) -> Any:
+        """The trace as the teacher knows it, or None where its template cannot show it. Ids sampled by somebody else
+        stand behind that model's prompt, so the text is encoded again."""
+        try:
+            return render(trace.replace(encoded=None), self.tok)
+        except ValueError:
+            return None
+
+    def attach(self, item: "_Item", signal: TopKRow | TokenRow | None, k: int) -> TopKRow | TokenRow:
+        """The signal of the stored row."""
+        length = len(item.target)
+        if signal is None:
+            mask = np.zeros(length, bool)
+            if not k:
+                return TokenRow(logprobs=np.zeros(length, np.float32), mask=mask)
+            return TopKRow(ids=np.full((length, k), -1, np.int32), mask=mask,
+                           logprobs=np.full((length, k), -np.inf, np.float32))
+        if item.alignment is None:
+            return signal
+        index = item.alignment.index
+        if isinstance(signal, TokenRow):
+            logprobs, mask = gather_token(signal.logprobs, signal.mask, index)
+            return TokenRow(logprobs=logprobs, mask=mask)
+        ids, logprobs, mask = gather_topk(signal.ids, signal.logprobs, signal.mask, index, self.mapping)
+        assert signal.tail is not None
+        lost = np.exp(signal.logprobs[index]).sum(1) - np.exp(logprobs).sum(1)  # outcomes without a counterpart
+        tail = np.where(mask, np.clip(signal.tail[index] + lost, 0, 1), 1).astype(np.float32)
+        return TopKRow(ids=ids, logprobs=logprobs, mask=mask, tail=tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """A stored row, what the teacher reads in its place (None: nothing, and why), and where tokens of both meet."""
+
+    target: RowArrays
+    source: Any
+    alignment: Alignment | None = None
+    why: str = ""
+
+
+def score(job: ScoreJob, *, mesh: Mesh | None = None, ticker: Ticker | None = None) -> dict[str, Any]:
+    """Load the teacher and score the store; continues what an earlier start began. Returns the report."""
+    from distill_jax.loading import load
+
+    tok = load_tokenizer(job.tokenizer or job.teacher)
+    store = TraceStore.open(job.store)
+    dtype = jnp.dtype(job.compute_dtype)
+    model, params = load(job.teacher, mesh=mesh, dtype=dtype)
+    return score_store(store, model, params, tok, job, mesh=mesh, ticker=ticker)
+
+
+def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job: ScoreJob, *,
+                mesh: Mesh | None = None, ticker: Ticker | None = None) -> dict[str, Any]:
+    """Score `store` with a teacher at hand; `tok` is the teacher's tokenizer. Returns the report: rows, coverage,
+    teacher's negative log-likelihood and entropy, retained mass (means over all tokens and by role), tokens/s.
+
+    Raises ValueError where teacher and store do not fit, and says what to use instead.
+    """
+    if not len(store):
+        raise ValueError(f"{store.url} has no rows to score; import or generate traces first")
+    spec = SignalSpec.parse(job.signal)
+    reader = _Reader(store, tok, job.skip_long, model.config.context_length)
+    header = SignalHeader(kind=spec.kind, k=spec.k, precision=job.precision, teacher=_identity(job, params, tok),
+                          params={"attached": "tokens" if reader.stored else "offsets",
+                                  "dtype": str(jnp.dtype(model.dtype)), "batch_tokens": job.batch_tokens,
+                                  "skip_long": job.skip_long,
+                                  "on": None if job.on is None else [r.name.lower() for r in job.on]})
+    reader.check()
+    scorer = Scorer(model, params, spec, batch_tokens=job.batch_tokens, on=job.on, real=tok.real, mesh=mesh)
+    start, tokens, name = time.monotonic(), 0, job.signal_name
+    with (ticker or Ticker("score", len(store))) as shown, store.signal_writer(name, header) as writer:
+        tally = _earlier(store, name, writer.next_row)
+        for commit in store.shards:
+            if not commit.rows or commit.first_row < writer.next_row:
+                continue
+            items = list(reader.shard(commit))
+            signals, made = _score_shard(scorer, reader, items)
+            store.kv.write_many({_tally_key(name, commit): json.dumps(made.to_json()).encode()})  # before the commit
+            for signal in signals:
+                writer.append(signal)
+            tally += made
+            tokens += sum(len(i.source.tokens) for i in items if i.source is not None)
+            shown.at(writer.next_row, f"{tokens / (time.monotonic() - start):,.0f} tokens/s")
+    seconds = time.monotonic() - start
+    return {"signal": name, "kind": str(spec), "attached": header.params["attached"], **tally.report(),
+            "tokens_read": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def _score_shard(scorer: Scorer, reader: _Reader, items: Sequence[_Item]) -> tuple[list[TopKRow | TokenRow], Tally]:
+    read = [i for i in items if i.source is not None]
+    found, totals = scorer([i.source for i in read])
+    by_item = iter(found)
+    signals = [reader.attach(i, None if i.source is None else next(by_item), scorer.spec.k) for i in items]
+    reasons = [i.why for i in items if i.why]
+    aligned = [i.alignment for i in items if i.alignment is not None]
+    return signals, Tally(totals=totals, rows=len(items), supervised=sum(a.supervised for a in aligned),
+                          covered=sum(a.covered for a in aligned),
+                          skipped={why: reasons.count(why) for why in sorted(set(reasons))})
+
+
+def _tally_key(name: str, commit: Commit) -> str:
+    return f"signals/{name}/tallies/{commit.number:06d}.json"
+
+
+def _earlier(store: TraceStore, name: str, rows: int) -> Tally:
+    """Sums of the shards that an earlier start has committed."""
+    done = [c for c in store.shards if c.rows and c.first_row < rows]
+    read = store.kv.read_many([_tally_key(name, c) for c in done])
+    return sum((Tally.from_json(json.loads(data)) for data in read if data is not None), Tally())
+
+
+def _identity(job: ScoreJob, params: Any, tok: Tokenizer) -> dict[str, Any]:
+    where = Path(job.teacher)
+    return {"model": str(where.resolve()) if where.exists() else job.teacher, "fingerprint": fingerprint(params),
+            "tokenizer": tok.hash, "template": template_id(tok)}
+
+
+def fingerprint(params: Any) -> str:
+    """Hash of 64 values of every parameter: tells one checkpoint from another without reading all of it."""
+    def some(x: Any) -> Any:
+        at = np.unique(np.linspace(0, x.size - 1, min(64, x.size)).astype(np.int64))
+        return x[np.unravel_index(at, x.shape)].astype(jnp.float32)
+
+    leaves = dict(paths(params))
+    values = jax.device_get(jax.jit(lambda tree: {name: some(x) for name, x in tree.items()})(leaves))
+    h = hashlib.blake2b(digest_size=8)
+    for name, leaf in leaves.items():
+        h.update(f"{name}{leaf.shape}".encode() + values[name].tobytes())
+    return h.hexdigest()

@@ -1,0 +1,29 @@
+"""A tiny random teacher on disk, with a tokenizer, for tests of commands."""
+
+import functools
+from pathlib import Path
+
+import jax
+
+from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.models import hf
+from distill_jax.models.config import AttentionConfig, ModelConfig
+from distill_jax.models.transformer import Transformer, init_params
+
+
+@functools.cache
+def tiny_model(real: int, padded: int = 448, context: int = 128, seed: int = 0):
+    """(model, params) with a head padded beyond the tokenizer's ids; large enough weights that it has opinions."""
+    config = ModelConfig(vocab_size=padded, hidden_size=16, mlp_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
+                         head_dim=8, context_length=context, init_std=0.5, real_vocab=real,
+                         attention=AttentionConfig(qkv_bias=True))
+    model = Transformer(config)
+    return model, init_params(model, jax.random.key(seed))
+
+
+def teacher_folder(folder: Path, tok: Tokenizer, **kwargs) -> Path:
+    """A Hugging Face directory of `tiny_model`."""
+    model, params = tiny_model(tok.real, **kwargs)
+    hf.save(folder, model, params)
+    tok.save(folder)
+    return folder
