@@ -131,9 +131,9 @@ class Objective:
             if signal := _signal(term.target):
                 wanted &= _signal_of(batch, name, signal).mask
             mask = jnp.where(wanted, stream.weights.astype(jnp.float32), 0.0)
-            if term.per == "sequence":
-                mask = _per_segment(mask, stream.segment_ids)
             count = jnp.sum(mask)
+            if term.per == "sequence":
+                mask, count = _per_segment(mask, stream.segment_ids)
             factor = self._value(f"{name}.weight", term.weight, step, controllers)
             out.weights[name] = mask * (factor * jnp.where(count > 0, 1.0 / jnp.where(count > 0, count, 1.0), 0.0))
             out.masks[name] = mask
@@ -212,7 +212,10 @@ def _signal_of(batch: Batch, term: str, name: str) -> Any:
     return batch.signals[name]
 
 
-def _per_segment(mask: Array, segment_ids: Array) -> Array:
-    """Divide each token's weight by its segment's sum, so that every segment with any weight counts as one."""
-    sums = jax.vmap(lambda m, s: jax.ops.segment_sum(m, s, num_segments=m.shape[0] + 1)[s])(mask, segment_ids)
-    return jnp.where(mask > 0, mask / jnp.where(mask > 0, sums, 1.0), 0.0)
+def _per_segment(mask: Array, segment_ids: Array) -> tuple[Array, Array]:
+    """Each token's weight divided by its segment's sum, so that every segment with any weight counts as one; and how
+    many there are (counted, not summed: the same to the bit however the rows are spread over devices)."""
+    sums = jax.vmap(lambda m, s: jax.ops.segment_sum(m, s, num_segments=m.shape[0] + 1))(mask, segment_ids)
+    own = jnp.take_along_axis(sums, segment_ids.astype(jnp.int32), axis=1)
+    shares = jnp.where(mask > 0, mask / jnp.where(mask > 0, own, 1.0), 0.0)
+    return shares, jnp.sum(sums > 0).astype(jnp.float32)

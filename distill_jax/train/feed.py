@@ -68,6 +68,15 @@ def place(batch: Tree, sharding: NamedSharding, shares: int = 1) -> Tree:
         sharding, np.asarray(x), (x.shape[0] * shares, *x.shape[1:])), batch)
 
 
+def place_global(batch: Tree, mesh: Mesh) -> Tree:
+    """A whole global batch that every process has, on the mesh: for evaluation. Training feeds each process its rows."""
+    sharding = NamedSharding(mesh, batch_spec())
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(lambda x: put(np.asarray(x)), batch)
+
+
 def serve_plain(source: BatchSource, start: int, share: int, shares: int) -> Iterator[Batch]:
     """Every step's rows made when asked for, in this thread."""
     step = start

@@ -76,7 +76,7 @@ def setup(terms=None, mesh=None, *, micro_batches=1, optim=OPTIM, total=100, see
           config=CONFIG, dtype="float32", **kwargs):
     """-> (StepConfig, TrainState) of a student trained from random weights."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    model = Transformer(config, dtype=dtype)
+    model = Transformer(config, dtype=np.dtype(dtype))
     objective = build_objective(terms or CE)
     step_config = StepConfig(objective=objective, models={"student": model}, mesh=mesh, micro_batches=micro_batches,
                              optimizers={"student": optim.build(total)}, **kwargs)
