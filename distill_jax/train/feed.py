@@ -69,7 +69,7 @@ def place(batch: Tree, sharding: NamedSharding, shares: int = 1) -> Tree:
 
 
 def place_global(batch: Tree, mesh: Mesh) -> Tree:
-    """A whole global batch that every process has, on the mesh: for evaluation. Training feeds each process its rows."""
+    """A whole global batch that every process has, on the mesh. For evaluations; `Feed` makes only a process's rows."""
     sharding = NamedSharding(mesh, batch_spec())
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
