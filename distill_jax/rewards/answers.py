@@ -136,9 +136,13 @@ _WORD = re.compile(r"(?<!\\)\b(?!pi\b|sqrt|sin|cos|tan|log|ln\b|infty)[A-Za-z]{2
 
 
 def _last_value(tail: str, kind: Kind) -> str | None:
-    """The last formula or the last number of a text, whichever ends later; a formula that is an equation states its
-    right side. A formula is preferred where a formula is asked for."""
+    """The last formula or the last number of a text, whichever ends later; an equation states its right side. Where a
+    formula is asked for, one is preferred; one without dollar signs is what follows the last `=`."""
     tail = plain(tail)
+    bare = tail.rstrip().splitlines()[-1].rpartition("=")[2].strip(" .*_`")
+    if kind == "math" and bare != tail.strip(" .*_`") and 0 < len(bare) <= 100 and not re.search(
+            r"\\[)\]]|\$|(?<![\\a-zA-Z])[a-zA-Z]{3,}", bare):
+        return bare
     formula = max(_FORMULA.finditer(tail), key=lambda m: m.end(), default=None)
     value = max(_NUMBER.finditer(tail), key=lambda m: m.end(), default=None)
     if formula is not None and (kind != "number" or value is None or value.end() <= formula.end()):

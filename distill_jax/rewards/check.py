@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from distill_jax.rewards.answers import Kind, after_thinking, extract, is_percent, kind_of, normalise, number, plain
-from distill_jax.traces.formats.text import last_boxed
 
 RELATIVE = Fraction(1, 1_000_000)
 """Numbers that are not both whole are equal when they differ by less than this share (0.333333 for 1/3)."""
@@ -21,8 +20,8 @@ RELATIVE = Fraction(1, 1_000_000)
 class Verdict:
     """What a check found.
 
-    correct    None where it could not decide: time-out, crash, no gold, or a text that states no answer but names
-               the gold in its last line
+    correct    None where it could not decide: time-out, crash, no gold, or (unclear) a text that names the gold among
+               other words: "Second place" for "second"
     extracted  the final answer that was found, None where the completion states none
     method     what decided: exact, number, letter, bool, text, contains, math, no_answer, unterminated, unclear,
                no_gold, timeout, crash
@@ -81,7 +80,7 @@ def decide(completion: str, golds: str | Sequence[str], kind: Kind = "auto") -> 
         if found is None:
             continue
         same, method = compare(found, gold, what)
-        if what == "text" and same is False and unclear(body, found, gold):
+        if what == "text" and not same and _words(gold) and f" {_words(gold)} " in f" {_words(found)} ":
             return Verdict(correct=None, extracted=found[:1000], method="unclear")
         if same:
             return Verdict(correct=True, extracted=found[:1000], method=method)
@@ -115,7 +114,7 @@ def compare(answer: str, gold: str, kind: Kind) -> tuple[bool | None, str]:
         return True, "exact"
     if kind in ("number", "math", "auto"):
         if "=" in answer and "=" not in gold:  # `x + y = 5` answers with 5
-            answer = answer.rpartition("=")[2]
+            answer = answer.rpartition("=")[2].strip(" .")
         a, g = number(answer), number(gold)
         if a is not None and g is not None:
             return same_number(a, g, percent=is_percent(answer) != is_percent(gold)), "number"
@@ -129,14 +128,6 @@ def same_number(a: Fraction, b: Fraction, percent: bool = False) -> bool:
         return a == b
     close = lambda x, y: abs(x - y) <= RELATIVE * abs(y)
     return close(a, b) or (percent and (close(a, 100 * b) or close(100 * a, b)))
-
-
-def unclear(body: str, found: str, gold: str) -> bool:
-    """Whether a completion without a marked answer at least names the gold in the line it ends with."""
-    if not _words(gold):
-        return False
-    marked = last_boxed(body) is not None or "answer" in body[-1000:].casefold()
-    return not marked and f" {_words(gold)} " in f" {_words(found)} "
 
 
 _KNOWN = frozenset(re.findall(r"\w+", """
