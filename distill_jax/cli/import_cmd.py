@@ -24,6 +24,7 @@ def import_(
     chat_template: Annotated[str | None, Opt(help="Jinja file or built-in name, instead of the tokenizer's")] = None,
     workers: Annotated[int | None, Opt(help="processes that check formulas")] = None,
     check_timeout: Annotated[float, Opt(help="seconds of CPU time for one comparison of formulas")] = 5.0,
+    shard_rows: Annotated[int, Opt(help="traces written at once")] = 256,
     show: Annotated[int, Opt(help="print the first traces of each file, coloured by role, and write nothing")] = 0,
 ) -> None:
     """Import traces of any common format: detect, verify answers, render for a tokenizer, write a store.
@@ -42,7 +43,7 @@ def import_(
     from distill_jax.jobs.import_traces import ImportJob, import_traces
 
     summary = import_traces(ImportJob(inputs=inputs, tokenizer=tokenizer, out=out, chat_template=chat_template,
-                                      workers=workers, timeout=check_timeout))
+                                      workers=workers, timeout=check_timeout, shard_rows=shard_rows))
     print("\n".join(report(summary)), file=sys.stderr)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from distill_jax.core.roles import Role
 from distill_jax.data.render import render
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.import_rows import Candidate, Inputs, judged, open_sources
@@ -35,7 +36,8 @@ SUMMARY, REJECTS, VERDICTS = "summary.json", "rejects.jsonl", "verdicts.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ImportJob:
-    """out: folder or object-store URL. workers, timeout: of the answer checker (`rewards.checker.Checker`)."""
+    """out: folder or object-store URL. workers, timeout: of the answer checker (`rewards.checker.Checker`).
+    shard_rows: traces committed at once, and so the most that a kill makes render again."""
 
     inputs: Inputs
     tokenizer: str
@@ -43,6 +45,7 @@ class ImportJob:
     chat_template: str | None = None
     workers: int | None = None
     timeout: float = 5.0
+    shard_rows: int = 256
 
 
 def import_traces(job: ImportJob, ticker: Ticker | None = None) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def import_traces(job: ImportJob, ticker: Ticker | None = None) -> dict[str, Any
     ticker = ticker or Ticker("import")
     tok = load_tokenizer(job.tokenizer, chat_template=job.chat_template)
     header = store_header(tok, **{"import": job.inputs.identity()})
-    out = Output(job.out, header)
+    out = Output(job.out, header, job.shard_rows)
     finished = out.finished()
     if finished is not None:
         ticker.say(f"{job.out} holds the result of this import already: {finished['kept']:,} traces; nothing to do")
@@ -140,7 +143,8 @@ class Tally:
         return {
             "rows_in": self.rows_in, "rows_without_trace": self.rows_without_trace, "traces": self.traces,
             "kept": self.kept, "rejected": counts(self.rejected), "tokens": sum(roles.values()),
-            "by_role_tokens": dict(roles), "verdicts": counts(self.verdicts), "checked_by": counts(self.methods),
+            "by_role_tokens": {r.name.lower(): roles[r.name.lower()] for r in Role if roles[r.name.lower()]},
+            "verdicts": counts(self.verdicts), "checked_by": counts(self.methods),
             "timeouts": self.methods["timeout"], "flags": counts(self.flags),
             "files": {f: {"format": self.formats[f], **dict(n)} for f, n in self.files.items()},
             "settings": self.settings,
@@ -150,8 +154,8 @@ class Tally:
 class Output:
     """The output folder: nothing appears in it before the first trace is kept but the journal of verdicts."""
 
-    def __init__(self, url: str, header: StoreHeader) -> None:
-        self.kv, self.header = Kv(url), header
+    def __init__(self, url: str, header: StoreHeader, shard_rows: int) -> None:
+        self.kv, self.header, self.shard_rows = Kv(url), header, shard_rows
         self.local = Path(self.kv.spec["path"]) if self.kv.spec["driver"] == "file" else None
         try:
             self.store: TraceStore | None = TraceStore.open(url)
@@ -188,13 +192,13 @@ class Output:
         """What was committed with the last shard."""
         if self.store is None:
             return {}
-        self._writer = self._writer or self.store.writer()
+        self._writer = self._writer or self.store.writer(self.shard_rows)
         return self._writer.state
 
     def append(self, row: Any, state: dict[str, Any]) -> None:
         if self.store is None:
             self.store = TraceStore.create(self.kv.url, self.header)
-        self._writer = self._writer or self.store.writer()
+        self._writer = self._writer or self.store.writer(self.shard_rows)
         self._writer.append(row, state)
 
     def reject(self, c: Candidate) -> None:

@@ -35,7 +35,7 @@ def extract(text: str, kind: Kind = "auto") -> str | None:
     if body is None:
         return None
     body = body.replace("\f", "\\f").replace("\b", "\\b")  # see `_PLAIN`
-    for find in (_tagged, last_boxed, _hashes, lambda b: _stated(b, kind), lambda b: _last(b, kind)):
+    for find in (_tagged, last_boxed, lambda b: _marked(b, kind), lambda b: _stated(b, kind), lambda b: _last(b, kind)):
         found = find(body)
         if found is not None and found.strip():
             return found.strip() if len(found) <= LONGEST else None
@@ -51,18 +51,19 @@ def _tagged(body: str) -> str | None:
     return last_boxed(inner) or inner
 
 
-_HASHES = re.compile(r"^(?:#{4} ?|A: )([^\n]+)$", re.MULTILINE)  # GSM8K, and its rendering in model solutions
+_MARKED = re.compile(r"^(?:#{4} ?|A: )([^\n]+)$", re.MULTILINE)  # GSM8K, and its rendering in model solutions
 
 
-def _hashes(body: str) -> str | None:
-    found = _HASHES.findall(body[-TAIL:])
+def _marked(body: str, kind: Kind) -> str | None:
+    """The last line `#### 18` or `A: 18`; where letters are asked for, `A:` is one."""
+    found = _MARKED.findall(body[-TAIL:]) if kind != "letter" else []
     return found[-1] if found else None
 
 
 _STATED = re.compile(
     r"(?:\banswer|\b(?:correct|right|best) (?:option|choice))\b(?: (?:to|for|of) [^.\n:]{1,80}?)?"
-    r"[*_\s]{0,4}(?::|=|\bis\b|\bare\b|\bwould be\b|\bmust be\b)[*_: ]{0,4}(?P<rest>[^\n]*)"
-    r"(?=(?:\n\s*(?P<next>[^\n]+))?)",
+    r"[*_\s]{0,4}(?::|=|\bis\b|\bare\b|\bwould be\b|\bmust be\b)[*_: ]{0,4}"
+    r"(?=(?P<rest>[^\n]*)(?:\n\s*(?P<next>[^\n]+))?)",
     re.IGNORECASE)
 
 
@@ -132,7 +133,7 @@ def _last(body: str, kind: Kind) -> str | None:
     return lines[-1].strip().strip("*_`") if lines else None
 
 
-_WORD = re.compile(r"(?<!\\)\b(?!pi\b|sqrt|sin|cos|tan|log|ln\b|infty)[A-Za-z]{2,}")
+_WORD = re.compile(r"(?<!\\)\b(?!or\b|and\b|pi\b|sqrt|sin|cos|tan|log|ln\b|infty)[A-Za-z]{2,}")
 
 
 def _last_value(tail: str, kind: Kind) -> str | None:

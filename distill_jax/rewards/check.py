@@ -74,7 +74,7 @@ def decide(completion: str, golds: str | Sequence[str], kind: Kind = "auto") -> 
     open_golds: dict[str, list[str]] = {}
     for gold in golds:
         what = kind_of(gold) if kind == "auto" else kind
-        if what != "contains" and same_text(body, gold):
+        if what not in ("contains", "letter") and same_text(body, gold):
             return Verdict(correct=True, extracted=gold[:1000], method="exact")
         found = body.strip() if what == "contains" else extract(body, what)
         if found is None:

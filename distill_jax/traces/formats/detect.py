@@ -7,7 +7,7 @@ from itertools import islice
 from distill_jax.traces.formats.base import Format, Sample, Style
 from distill_jax.traces.formats.chat import ChatFormat, conversation, last_text
 from distill_jax.traces.formats.facts import find_gold
-from distill_jax.traces.formats.fields import Fields
+from distill_jax.traces.formats.fields import Fields, blank, lookup
 from distill_jax.traces.formats.layout import Layout, common_layout, samples
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.rows import RowFormat, merge_question
@@ -28,6 +28,10 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     first = list(islice(rows, LOOK))
     if not first:
         raise ValueError(f"{where}: holds no readable rows")
+    nowhere = [f"{what}={path}" for what, path in fields.mapped.items() if all(blank(lookup(r, path)) for r in first)]
+    if nowhere:
+        raise ValueError(f"{where}: --map {' '.join(nowhere)} leads nowhere in the first {len(first)} rows; fields of "
+                         f"the first row: {', '.join(map(str, first[0]))}")
     chats = [c for row in first if (c := conversation(row, fields))[0] is not None]
     if 2 * len(chats) >= len(first) and "response" not in fields.mapped:
         name = "sharegpt" if any("from" in m for m in chats[0][1]) else "messages"
@@ -83,9 +87,6 @@ def name_of(layout: Layout, found: Sequence[Sample], row: Row) -> str:
 def explain(row: Row, fields: Fields, where: str, has_question: bool) -> str:
     """One line on why these rows are no traces, with the option that would make them so."""
     seen = ", ".join(map(str, row)) or "none"
-    wrong = [f"{what}={path}" for what, path in fields.mapped.items() if fields.get(row, what) is None]
-    if wrong:
-        return f"{where}: --map {' '.join(wrong)} leads nowhere; fields of the first row: {seen}"
     if has_question:
         texts = [str(k) for k, v in row.items() if isinstance(v, str) and k != fields.path(row, "question")]
         return (f"{where}: found a question but nothing anyone answered (fields: {seen}); name the answer with "

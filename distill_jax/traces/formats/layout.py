@@ -134,12 +134,12 @@ def read_sample(value: Any, thought: Any, parent: dict[str, Any]) -> Iterator[Sa
         inner = Fields()
         if isinstance(value.get("message"), dict):
             value = value | value["message"]
-        path = inner.path(value, "response")
+        path = inner.path(value, "response") or next((k for k in NAMES["response"] if k in value), None)
         if path is None:
             return
         below = {what: inner.get(value, what) for what in ("correct", "finish", "teacher")}
         think = find_thinking(value, inner, path, False)
-        for item in as_list(value[path]):
+        for item in as_list(value[path]) or [""]:
             yield from read_sample(item, value.get(think) if think else thought,
                                    parent | {k: v for k, v in below.items() if v is not None})
         return
