@@ -14,6 +14,8 @@ import typer
 COMMANDS: dict[str, str] = {
     "import": "distill_jax.cli.import_cmd:import_",
     "score": "distill_jax.cli.score_cmd:score",
+    "batch": "distill_jax.cli.batch_cmd:batch",
+    "doctor": "distill_jax.cli.doctor_cmd:doctor",
     "train": "distill_jax.cli.train_cmd:train",
     "plan": "distill_jax.cli.plan_cmd:plan",
     "store": "distill_jax.cli.store_cmd:app",

@@ -33,7 +33,7 @@ class BatchBuilder:
         self.row_ids = np.full(shape, -1, np.int32)
         self.signals: dict[str, dict[str, np.ndarray]] = {}
         for name, header in headers.items():
-            arrays = {"mask": np.zeros(shape, bool)}
+            arrays: dict[str, np.ndarray] = {"mask": np.zeros(shape, bool)}
             if header.kind == "topk":
                 arrays["ids"] = np.full((*shape, header.k), -1, np.int32)
                 arrays["logprobs"] = np.full((*shape, header.k), -np.inf, np.float32)

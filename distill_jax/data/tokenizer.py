@@ -34,6 +34,7 @@ class Tokenizer:
     real       number of real ids, added tokens included
     hash       identity of the encoding: id -> content of every real id, and the ids of a probe text
     base_hash  the same over the learned vocabulary only, without added tokens
+    name       the source as it was given: loads the tokenizer again
     bos_id, pad_id, eos_ids   None where there is none; eos_ids[0] ends an assistant turn
     chat       `ChatTemplate`
     """
@@ -201,7 +202,7 @@ def load_tokenizer(source: "str | Path | Tokenizer", *, chat_template: str | Pat
         folder = path / "model" if (path / "model").is_dir() else path
     else:
         folder = _download(str(source))
-    return _from_folder(folder, path.name, chat_template)
+    return _from_folder(folder, str(source), chat_template)
 
 
 def _download(name: str) -> Path:
@@ -222,9 +223,9 @@ def _from_file(path: Path, chat_template: str | Path | None) -> Tokenizer:
     raw = path.read_bytes()
     if raw[:1] == b"{":
         fast = FastBackend(_parse_fast(raw.decode(), path))
-        return Tokenizer(fast, {}, _template_for(fast, {}, chat_template), path.name)
+        return Tokenizer(fast, {}, _template_for(fast, {}, chat_template), str(path))
     backend = _sentencepiece(raw, path)
-    return Tokenizer(backend, _piece_config(backend), _template_for(backend, {}, chat_template), path.name)
+    return Tokenizer(backend, _piece_config(backend), _template_for(backend, {}, chat_template), str(path))
 
 
 def _parse_fast(text: str, path: Path) -> tokenizers.Tokenizer:

@@ -1,0 +1,102 @@
+"""Open what a recipe (or a bare store) would feed a student, without building a model: for `batch` and `doctor`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill_jax.data.sources import Mix, Store
+from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.recipe import Recipe, Stage, Student, load_recipe, resolve
+from distill_jax.traces.store import TraceStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """A source with the tokenizers that meet on it. vocabularies: rows of the output head by provider."""
+
+    source: Store | Mix
+    tokenizer: Tokenizer
+    seed: int = 0
+    teachers: Mapping[str, Tokenizer] = field(default_factory=dict)
+    vocabularies: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        return self.source.sources if isinstance(self.source, Mix) else (self.source,)
+
+
+def open_feed(path: str, *, overrides: list[str] | None = None, stage: str | None = None,
+              tokenizer: str | None = None, **changes: Any) -> Feed:
+    """The feed of a recipe's training stage (the first one, or `stage`), or of a store. `changes` are fields of `Store`
+    (seq_len, rows, signals, ...) that are not None. Raises ValueError when there is nothing to open."""
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if path.endswith((".py", ".yaml", ".yml")):
+        feed = _of_recipe(load_recipe(path, overrides), stage, tokenizer)
+    else:
+        if overrides:
+            raise ValueError(f"--set changes a recipe, and {path} is a store; use the options")
+        feed = _of_store(path, tokenizer)
+    if isinstance(feed.source, Mix):
+        sources = tuple(dataclasses.replace(s, **changes) for s in feed.source.sources)
+        rows = changes.get("rows", feed.source.rows)
+        return dataclasses.replace(feed, source=dataclasses.replace(feed.source, sources=sources, rows=rows))
+    return dataclasses.replace(feed, source=dataclasses.replace(feed.source, **changes))
+
+
+def _of_store(path: str, tokenizer: str | None) -> Feed:
+    store = TraceStore.open(path)
+    name = tokenizer or str(store.header.tokenizer.get("name", ""))
+    if not name:
+        raise ValueError(f"{path} does not say which tokenizer made it; give --tokenizer")
+    try:
+        tok = load_tokenizer(name)
+    except ValueError as e:
+        if tokenizer:
+            raise
+        raise ValueError(f"{path} was made with tokenizer {name!r}, which cannot be loaded here ({e}); "
+                         "give --tokenizer") from None
+    longest = int(store.lengths().max(initial=2))
+    return Feed(source=Store(path=path, seq_len=longest, rows=4), tokenizer=tok)
+
+
+def _of_recipe(recipe: Recipe, name: str | None, tokenizer: str | None) -> Feed:
+    stages = [s for s in recipe.stages if isinstance(s, Stage)]
+    chosen = next((s for s in stages if name is None or s.name == name), None)
+    if chosen is None:
+        raise ValueError(f"recipe {recipe.name!r} has no training stage {name or ''!r}; it has "
+                         f"{[s.name for s in stages]}")
+    student = next(p for p in chosen.providers.values() if p.trainable)
+    teachers = {n: p for n, p in chosen.providers.items() if not p.trainable}
+    heads = {n: v for n, p in chosen.providers.items() if (v := _vocabulary(recipe, p)) is not None}
+    return Feed(source=_resolved(chosen.source, recipe), seed=recipe.seed, vocabularies=heads,
+                tokenizer=load_tokenizer(tokenizer) if tokenizer else _tokenizer(recipe, student),
+                teachers={n: _tokenizer(recipe, p) for n, p in teachers.items()})
+
+
+def _tokenizer(recipe: Recipe, provider: Student) -> Tokenizer:
+    source = provider.tokenizer or provider.model
+    if source is None:
+        raise ValueError("a provider with random weights needs tokenizer=")
+    return load_tokenizer(resolve(recipe, source))
+
+
+def _resolved(source: Store | Mix, recipe: Recipe) -> Store | Mix:
+    if isinstance(source, Mix):
+        return dataclasses.replace(source, sources=tuple(
+            dataclasses.replace(s, path=resolve(recipe, s.path)) for s in source.sources))
+    return dataclasses.replace(source, path=resolve(recipe, source.path))
+
+
+def _vocabulary(recipe: Recipe, provider: Student) -> int | None:
+    """Rows of a provider's head, from its configuration; None where that is not at hand (hub ids)."""
+    if provider.config is not None:
+        return provider.config.vocab_size
+    folder = Path(resolve(recipe, provider.model or ""))
+    for file in (folder / "config.json", folder / "model" / "config.json"):
+        if file.is_file():
+            config = json.loads(file.read_text())
+            return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return None
