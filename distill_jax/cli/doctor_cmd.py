@@ -27,8 +27,9 @@ def doctor(
     from rich.console import Console
 
     from distill_jax.data.tokenizer import load_tokenizer
-    from distill_jax.jobs.doctor import Patient, examine, print_report
+    from distill_jax.jobs.doctor import examine, print_report
     from distill_jax.jobs.opening import open_feed
+    from distill_jax.jobs.patient import Patient
 
     feed = open_feed(recipe, overrides=set_, stage=stage, tokenizer=tokenizer, holdout=holdout)
     teachers = {**feed.teachers, **{t: load_tokenizer(t) for t in teacher or ()}}

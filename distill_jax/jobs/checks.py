@@ -14,7 +14,7 @@ from distill_jax.data.chat import THINK_CLOSE
 from distill_jax.data.render import render, template_id
 from distill_jax.data.sources import CUT_ANSWER, held_out
 from distill_jax.data.tokenizer import Tokenizer, same_real_ids
-from distill_jax.jobs.doctor import Finding, Patient
+from distill_jax.jobs.patient import Finding, Patient
 from distill_jax.traces.formats import LOOK, detect, read_rows
 from distill_jax.traces.store import RowArrays, TopKRow, TraceStore
 from distill_jax.traces.trace import Trace

@@ -1,81 +1,19 @@
 """`doctor`: the silent failures of distillation runs, looked for on a sample before they cost a run.
 
-A check is a function `(Patient) -> list[Finding]` in `jobs.checks`; it says what is wrong and how to mend it.
+A check is a function `(Patient) -> list[Finding]` of `jobs.checks`; it says what is wrong and how to mend it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill_jax.data.render import render
-from distill_jax.data.rowset import matches
-from distill_jax.data.sources import Store, choose
-from distill_jax.data.tokenizer import Tokenizer
-from distill_jax.traces.store import RowArrays, RowIndex, SignalReader, TraceStore
-from distill_jax.traces.trace import Trace
+from distill_jax.jobs.checks import CHECKS
+from distill_jax.jobs.patient import Finding, Patient, Severity
 
-SAMPLE = 256
-Severity = Literal["error", "warning", "note"]
 STYLE = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """error: the run would be wrong; warning: probably not what was meant; note: handled, worth knowing."""
-
-    check: str
-    severity: Severity
-    message: str
-    mend: str
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-class Patient:
-    """One store as a student would be fed from it, and a sample of its rows.
-
-    chosen    numbers of the rows the source's filters keep; sample: up to SAMPLE of them, spread over the store
-    stored    the sample as it is stored; rows: as the student sees it (rendered again where the store's does not fit)
-    """
-
-    def __init__(self, spec: Store, tok: Tokenizer, *, teachers: Mapping[str, Tokenizer] | None = None,
-                 vocabularies: Mapping[str, int] | None = None, against: Sequence[str] = ()) -> None:
-        self.spec, self.tok = spec, tok
-        self.teachers = dict(teachers or {})
-        self.vocabularies = dict(vocabularies or {})
-        self.against = tuple(against)
-        self.store = TraceStore.open(spec.path)
-        self.index: RowIndex = self.store.index()
-        self.chosen, self.left_out = choose(self.index, spec)
-        last = max(len(self.chosen) - 1, 0)
-        self.sample = self.chosen[np.unique(np.linspace(0, last, min(SAMPLE, len(self.chosen))).astype(int))]
-        self.fits = matches(self.store, tok, spec.style)
-
-    @cached_property
-    def stored(self) -> list[RowArrays]:
-        return self.store.read(self.sample) if len(self.sample) else []
-
-    @cached_property
-    def traces(self) -> list[Trace]:
-        return list(self.store.traces(self.sample))
-
-    @cached_property
-    def rows(self) -> list[RowArrays]:
-        if self.fits:
-            return self.stored
-        return [render(t, self.tok, style=self.spec.style) for t in self.traces]
-
-    @cached_property
-    def signals(self) -> dict[str, SignalReader]:
-        return {name: self.store.signal(name) for name in self.store.signals()}
-
 
 Check = Callable[[Patient], list[Finding]]
 
@@ -88,7 +26,7 @@ class Report:
     rows: int
     looked_at: int
     checks: tuple[str, ...]
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = ()
 
     def worst(self) -> Severity | None:
         found = {f.severity for f in self.findings}
@@ -98,8 +36,6 @@ class Report:
 
 def examine(patient: Patient, checks: Sequence[Check] | None = None) -> Report:
     """Run the checks. Nothing to look at is itself an error."""
-    from distill_jax.jobs.checks import CHECKS
-
     todo = tuple(checks or CHECKS)
     names = tuple(c.__name__ for c in todo)
     if len(patient.chosen) == 0:

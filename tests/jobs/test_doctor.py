@@ -13,7 +13,8 @@ from distill_jax.data.render import render, template_id
 from distill_jax.data.sources import Store
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.checks import looks_cut, normalised
-from distill_jax.jobs.doctor import Patient, examine
+from distill_jax.jobs.doctor import examine
+from distill_jax.jobs.patient import Patient
 from distill_jax.traces.formats import LOOK, detect, read_rows
 from distill_jax.traces.store import SignalHeader, StoreHeader, TopKRow, TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Segment, Trace, simple_trace
