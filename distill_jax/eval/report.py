@@ -14,7 +14,8 @@ from distill_jax.eval.records import Records
 class Plan:
     """How the models of a report stand to each other.
 
-    compare    (base, distilled): the pair whose difference is reported; None: no difference
+    compare    (base, distilled): the pair whose difference is reported, both of them students. Other students are
+               compared with the base as well; None: no difference
     students   listed under "students" in the JSON; by default every model but the teacher
     teacher    listed under "teacher"
     trained_k  largest number of documents in training, shown in the plot over k
@@ -39,6 +40,8 @@ def write(directory: str | Path, models: Mapping[str, Records], plan: Plan = Pla
     for name in (*(plan.compare or ()), *plan.students, *([plan.teacher] if plan.teacher else [])):
         if name not in models:
             raise ValueError(f"the report's plan names {name!r}; models: {list(models)}")
+    if plan.compare and plan.students and not set(plan.compare) <= set(plan.students):
+        raise ValueError(f"{plan.compare} are to be compared, but the students are {list(plan.students)}")
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
     value = as_json(models, plan)
@@ -61,7 +64,10 @@ def as_json(models: Mapping[str, Records], plan: Plan = Plan()) -> dict[str, Any
     if plan.compare:
         base, distilled = plan.compare
         value["compared"] = {"base": base, "distilled": distilled}
-        value |= stats.compare(models, base, [distilled], plan.seed, plan.resamples)[distilled]
+        others_of_base = [n for n in value["students"] if n != base]
+        differences = stats.compare(models, base, others_of_base, plan.seed, plan.resamples)
+        value |= differences[distilled]
+        value["differences"] = differences
     return value | dict(plan.extra)
 
 
@@ -131,12 +137,13 @@ def _table(summaries: Mapping[str, Any], plan: Plan) -> str:
 
 
 def _difference(value: Mapping[str, Any]) -> str:
-    names = value["compared"]
-    rows = [["documents", f"{names['distilled']} - {names['base']} (points)"]]
-    rows += [[k if k != "0" else "all", _points(v)] for k, v in value["difference"].items()]
-    slope = value["slope_per_doubling"]
-    return _lines(rows) + (f"\n\nFor each doubling of the documents the difference changes by {_points(slope)} points."
-                           if slope else "")
+    base, differences = value["compared"]["base"], value["differences"]
+    rows = [["documents", *(f"{name} - {base} (points)" for name in differences)]]
+    rows += [[k if k != "0" else "all", *(_points(d["difference"][k]) for d in differences.values())]
+             for k in value["difference"]]
+    if value["slope_per_doubling"]:
+        rows.append(["per doubling", *(_points(d["slope_per_doubling"]) for d in differences.values())])
+    return _lines(rows)
 
 
 def _costs(summaries: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """Tasks, one a file. Each is a frozen dataclass with a `name` and `items()`; `make` finds it by its file's name."""
 
-import dataclasses
 import difflib
 import importlib
 from typing import Any
 
+from distill_jax.core import spec
 from distill_jax.eval.records import Task
 
 TASKS = {
@@ -25,10 +25,6 @@ def find(name: str) -> type[Any]:
 
 
 def make(name: str, **options: Any) -> Task:
-    """The task with these options. Raises ValueError naming an option it does not have."""
-    cls = find(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"the task {name} has no option {option!r}; it has {known}")
-    return cls(**options)
+    """The task with these options, converted by the annotations of its fields. Raises ValueError naming an option it
+    does not have."""
+    return spec.build(find(name), options, f"task {name}")

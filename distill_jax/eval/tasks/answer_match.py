@@ -20,7 +20,7 @@ class AnswerMatch:
     it stands.
     """
 
-    data: str
+    data: str = ""
     questions: int = 500
     kind: Kind = "auto"
     suffix: str = ""
@@ -30,6 +30,8 @@ class AnswerMatch:
         return "answer_match"
 
     def items(self) -> list[Item]:
+        if not self.data:
+            raise ValueError("answer_match needs a file of questions and answers: --data FILE")
         out = []
         for i, row in enumerate(read_rows(self.data)):
             if i == self.questions:
