@@ -20,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "eval": "distill_jax.cli.eval_cmd:evaluate",
     "plan": "distill_jax.cli.plan_cmd:plan",
     "store": "distill_jax.cli.store_cmd:app",
+    "export": "distill_jax.cli.export_cmd:export",
+    "verify-hf": "distill_jax.cli.export_cmd:verify_hf",
     "world": "distill_jax.cli.world_cmd:world",
 }
 """name -> `module:function`; modules are imported only when their command runs, so `--help` stays fast."""

@@ -176,17 +176,16 @@ def save(folder: str | Path, model: Transformer, params: Mapping[str, Any], extr
     given = next((read_config(p.parent) for p in extras if p.name == "config.json"), None)
     _check_config(given, model.config)
     said = (given or {}).get("dtype") or (given or {}).get("torch_dtype")
-    leaves = dict(paths(params))
     default = said if dtype is None or isinstance(dtype, Mapping) else dtype
-    default = default or next(iter(leaves.values())).dtype.name
-    entries = _entries(model.config, leaves, default, dtype if isinstance(dtype, Mapping) else {})
+    default = default or jax.tree.leaves(params)[0].dtype.name
+    tensors = entries(model.config, params, default, dtype if isinstance(dtype, Mapping) else {})
     main = jax.process_index() == 0
     partial = folder.parent / f".{folder.name}.partial"
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        tensorfile.write_tensors(partial, entries, max_shard_bytes, writes=main)
+        tensorfile.write_tensors(partial, tensors, max_shard_bytes, writes=main)
         if main:
             for p in extras:
                 shutil.copyfile(p, partial / p.name)
@@ -219,12 +218,17 @@ def _rewrite_dtype(path: Path, given: Mapping[str, Any], dtype: str) -> None:
     path.write_text(json.dumps({**given, key: dtype}, indent=2) + "\n")
 
 
-def _entries(config: ModelConfig, leaves: Mapping[str, Array], default: str, named: Mapping[str, str]) -> list[Entry]:
-    """What to write, layer by layer, in the order a reader wants it."""
+def entries(config: ModelConfig, params: Mapping[str, Any], dtype: str, named: Mapping[str, str]) -> list[Entry]:
+    """The tensors that a checkpoint of `params` holds, layer by layer, in the order a reader wants them.
+
+    dtype: of the weights; named: dtypes of single tensors that differ.
+    """
+    leaves = dict(paths(params))
+
     def entry(t: Tensor, name: str, layer: int | None) -> Entry:
         value = leaves[t.path]
         shape = value.shape if layer is None else value.shape[1:]
-        kind = np.dtype(jnp.dtype(named.get(name, default)))
+        kind = np.dtype(jnp.dtype(named.get(name, dtype)))
         if kind not in CODES:
             raise ValueError(f"weights cannot be written as {kind}; known: {', '.join(map(str, CODES))}")
         fetch = functools.partial(_to_host, value, layer, t.transpose, kind)
