@@ -140,7 +140,8 @@ class Records:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Records":
         """Inverse of `to_json`."""
-        rows = tuple(Record(**(dict(r) | {"golds": tuple(r["golds"])})) for r in value["rows"])
+        plain: list[dict[str, Any]] = [{**r, "golds": tuple(r["golds"])} for r in value["rows"]]
+        rows = tuple(Record(**r) for r in plain)
         return cls(task=value["task"], model=value["model"], rows=rows, about=dict(value["about"]))
 
     def save(self, path: str | Path) -> None:

@@ -130,8 +130,9 @@ def _table(summaries: Mapping[str, Any], plan: Plan) -> str:
         cells = [_with_interval(s["accuracy_interval"].get(str(k))) for k in ks]
         gaps = [_with_interval(s[g].get(gap_k)) for g in ("position_gap", "middle_gap")]
         rows.append([name, *cells, *gaps, level(s, "oracle"), level(s, "closed_book")])
+    rows = [[c for c, column in zip(r, zip(*rows, strict=True), strict=True) if set(column[1:]) != {"-"}] for r in rows]
     notes = [f"gap: best minus worst position; ends - middle: mean of first and last minus mean of the rest, both at "
-             f"k={gap_k}."] if gap_k != "0" else []
+             f"k={gap_k}."] if "gap" in rows[0] else []
     notes += ["\\* more documents than in training."] if any(map(beyond, ks)) else []
     return "\n\n".join([_lines(rows), *notes])
 
