@@ -1,11 +1,9 @@
 """Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
 
 import json
-import time
-from pathlib import Path
 from typing import Any
 
-from distill_jax.jobs.context import Echo, RunContext, Stopped, say
+from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, write_json
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, write_or_compare
 
 
@@ -23,11 +21,11 @@ def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
         echo(f"[{stage.name}] start")
         with Stopwatch(folder / "time.json") as watch:
             try:
-                result = _run(stage, RunContext(recipe=recipe, folder=folder, say=echo))
+                result = _run(stage, RunContext(recipe=recipe, folder=folder, say=echo, watch=watch))
             except Stopped as stop:
                 echo(f"[{stage.name}] stopped: {stop}")
                 return False
-        _write_json(marker, {"seconds": watch.total, "result": result})
+        write_json(marker, {"seconds": watch.total, "result": result})
         echo(f"[{stage.name}] done in {watch.total:.0f} s")
     return True
 
@@ -53,28 +51,3 @@ def _final(recipe: Recipe) -> str:
     """Name of the last training stage: the model that `load(runs/<name>)` means."""
     trained = [s.name for s in recipe.stages if isinstance(s, Stage)]
     return trained[-1] if trained and len(recipe.stages) > 1 else ""
-
-
-class Stopwatch:
-    """Seconds spent in a stage over all starts, kept in a file; a killed start counts up to its last `lap`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.before = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
-
-    def __enter__(self) -> "Stopwatch":
-        self.start = time.monotonic()
-        return self
-
-    @property
-    def total(self) -> float:
-        return self.before + time.monotonic() - self.start
-
-    def __exit__(self, *_: object) -> None:
-        _write_json(self.path, {"seconds": self.total})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(value, indent=1))
-    tmp.replace(path)

@@ -1,8 +1,11 @@
 """The compact rendering: one word, one token, about four tokens a document. For the quickstart and for tests.
 
-    doc anna lives oslo doc rome grows rice doc oslo grows tea doc carl lives rome ask anna lives grows
-    anna lives oslo oslo grows tea
+    doc lives anna oslo doc grows rome rice doc grows oslo tea doc lives carl rome ask grows lives anna
+    lives anna oslo grows oslo tea
     tea
+
+The relation comes first, so that a value directly follows what it is about: small models learn to look such facts up
+in hundreds of steps, and with the relation in between only in thousands (docs/LOG.md).
 """
 
 from distill_jax.traces.world.draw import Draw, words
@@ -23,7 +26,7 @@ from distill_jax.traces.world.thoughts import (
 
 WORDS = words(
     "doc ask lives grows works owns rule latest trust says is same differ and or knight knave plus minus times "
-    "carry write suppose true false ok no yes check seek over nines : ;")
+    "carry write suppose true false ok no yes check seek over nines all : ;")
 name = LEXICON.name
 
 
@@ -43,14 +46,14 @@ def question(q: DocumentQuestion | Knights | Arithmetic, draw: Draw) -> str:
         pairs = " ; ".join(f"{name(d[0].subject)} : {name(d[0].value)}" for d in q.documents)
         return f"{pairs} ask {name(q.subject)}".lstrip()
     if q.kind == "long_document":
-        docs = ["doc " + " ; ".join(_fact(f) for d in q.documents for f in d)] if q.documents else []
+        docs = ["doc " + " ; ".join(fact(f) for d in q.documents for f in d)] if q.documents else []
     else:
-        docs = [f"doc {_fact(d[0])}" + "".join(f" {f.relation} {name(f.value)}" for f in d[1:]) for d in q.documents]
+        docs = [f"doc {fact(d[0])}" + "".join(f" {f.relation} {name(f.value)}" for f in d[1:]) for d in q.documents]
     rule = []
     if q.rule:
         order = [name(Entity("source", s)) for s in q.rule.order]
         rule = ["rule latest" if q.rule.name == "latest" else "rule trust " + " ".join(order)]
-    return " ".join([*docs, *rule, "ask", name(q.subject), *q.path])
+    return " ".join([*docs, *rule, "ask", *reversed(q.path), name(q.subject)])
 
 
 def answer(q: DocumentQuestion | Knights | Arithmetic) -> str:
@@ -65,12 +68,12 @@ def thinking(q: DocumentQuestion | Knights | Arithmetic, thoughts: list[Thought]
 
 def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought) -> str:
     match thought:
-        case Seek(fact):
-            return f"seek {name(fact.subject)}" + ("" if fact.relation == "opens" else f" {fact.relation}")
-        case Read(_, fact, wrong):
-            return _fact(fact) + (" no" if wrong else "")
-        case Recheck(_, fact):
-            return f"check {_fact(fact)} yes"
+        case Seek(sought):
+            return "seek " + ("" if sought.relation == "opens" else f"{sought.relation} ") + name(sought.subject)
+        case Read(_, read, wrong):
+            return fact(read) + (" no" if wrong else "")
+        case Recheck(_, read):
+            return f"check {fact(read)} yes"
         case Prefer(winner, loser):
             assert isinstance(q, DocumentQuestion) and q.rule
             mark = _year if q.rule.name == "latest" else _source
@@ -88,11 +91,12 @@ def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought) -> st
             return f"check nines {remainder} yes"
 
 
-def _fact(f: Fact) -> str:
+def fact(f: Fact) -> str:
+    """`lives anna oslo`, with year and source where the fact has them."""
     if f.relation == "opens":
         return f"{name(f.subject)} : {name(f.value)}"
     dated = f" {_year(f)} {_source(f)}" if f.year else ""
-    return f"{name(f.subject)} {f.relation} {name(f.value)}{dated}"
+    return f"{f.relation} {name(f.subject)} {name(f.value)}{dated}"
 
 
 def _year(f: Fact) -> str:

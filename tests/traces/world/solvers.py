@@ -9,7 +9,7 @@ from distill_jax.traces.world import phrases
 def compact_documents(text: str) -> str:
     """Answer of a compact document question: parse the facts, apply the rule, walk the path."""
     body, ask = text.split(" ask ")
-    subject, *path = ask.split()
+    *path, subject = ask.split()
     order = None
     if " rule " in body:
         body, rule = body.split(" rule ")
@@ -17,14 +17,15 @@ def compact_documents(text: str) -> str:
     edges: dict[tuple[str, str], list[tuple[str, ...]]] = {}
     for doc in body.removeprefix("doc ").split(" doc "):
         for sentence in doc.split(" ; "):
-            who, *rest = sentence.split()
+            relation, who, *rest = sentence.split()
+            rest = [relation, *rest]
             while rest and rest[0] in ("lives", "grows", "works", "owns"):
                 tail = rest[2:4] if len(rest) > 2 and rest[2].isdigit() else []
                 edges.setdefault((who, rest[0]), []).append((rest[1], *tail))
                 rest = rest[2 + len(tail):]
             assert not rest, sentence
     at = subject
-    for relation in path:
+    for relation in reversed(path):
         found = edges[at, relation]
         if order == ["latest"]:
             found = [max(found, key=lambda f: int(f[1]))]

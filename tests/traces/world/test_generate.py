@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax.traces.trace import Trace
-from distill_jax.traces.world import facts, filler, rich
+from distill_jax.traces.world import curriculum, facts, filler, rich
 from distill_jax.traces.world.draw import Draw, digest
 from distill_jax.traces.world.generate import KINDS, RENDERINGS, WorldSpec, split_of, symbols, trace, traces
 from tests.traces.world import solvers
@@ -208,4 +208,20 @@ def test_json_round_trip_and_pure_function():
 def test_world_is_frozen():
     """A change of the generated world changes every number measured on it: then change this digest knowingly."""
     made = [trace(spec_of(kind, rendering=r), i).id for kind in KINDS for r in RENDERINGS for i in range(3)]
-    assert f"{digest(*made):016x}" == "5801ba380944be17"
+    assert f"{digest(*made):016x}" == "6df1901582e80e76"
+
+
+def test_recital_says_every_fact_of_its_documents():
+    t = curriculum.recite(WorldSpec(kind="lookup", k=8), 3)
+    body = t.question.removesuffix(" ask all").removeprefix("doc ").split(" doc ")
+    said = t.answer.split()
+    assert sorted(body) == sorted(" ".join(said[i:i + 3]) for i in range(0, 24, 3)) and " ".join(said) != " ".join(body)
+
+
+def test_curriculum_is_a_pure_function_and_evaluates_every_position():
+    c = curriculum.Curriculum(seed=3)
+    assert [t.id for t in c.base(30)] == [t.id for t in c.base(30)]
+    assert sum(t.meta["kind"] == "recite" for t in c.base(600)) == 300
+    shown = [t.meta["gold_position"] for t in c.evaluation(4, 12)]
+    assert shown == [0, 1, 2, 3] * 3
+    assert not {t.group for t in c.two_hop(300)} & {t.group for t in c.evaluation(4, 300)}
