@@ -161,7 +161,7 @@ def table(plans: list[StagePlan], device: Device, name: str, devices: int) -> An
     """Rich table of the plans."""
     from rich.table import Table
 
-    t = Table(title=f"{devices} x {name} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.0f} TFLOP/s peak, "
+    t = Table(title=f"{devices} x {name} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.3g} TFLOP/s peak, "
               f"{device.mfu:.0%} MFU assumed)")
     for column in ("", *(p.name for p in plans)):
         t.add_column(column, justify="left" if not column else "right")

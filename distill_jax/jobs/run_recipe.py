@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, write_json
+from distill_jax.loading import local_folder
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, write_or_compare
 
 
@@ -36,13 +37,15 @@ def _run(stage: AnyStage, context: RunContext) -> Any:
 
         return train_stage(stage, context)
     if isinstance(stage, Generate):
-        from distill_jax.jobs.generate import generate_stage
+        from distill_jax.jobs.generate_stage import generate_stage
 
         return generate_stage(stage, context)
     if isinstance(stage, Score):
-        from distill_jax.jobs.score import score_store
+        from distill_jax.jobs.score import ScoreJob, score
 
-        return score_store(context.resolve(stage.store), teacher=context.resolve(stage.teacher), signal=stage.signal)
+        teacher = str(local_folder(context.resolve(stage.teacher)))
+        return score(ScoreJob(store=context.resolve(stage.store), teacher=teacher, signal=stage.signal,
+                              batch_tokens=stage.batch_tokens))
     assert isinstance(stage, Call)
     return stage.fn(context, **{k: context.resolve(v) if isinstance(v, str) else v for k, v in stage.kwargs.items()})
 
