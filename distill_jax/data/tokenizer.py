@@ -18,6 +18,7 @@ import tokenizers
 
 from distill_jax.data.backends import Backend, FastBackend, PieceBackend
 from distill_jax.data.chat import ChatTemplate, Message, builtin_template, read_template
+from distill_jax.traces.store.kv import Kv
 
 PROBE = ("Hello  world\n\n\tI'll pay 1234567.89 now: \u00e9\u0301 \u4f60\u597d \U0001f999 don't CAN'T\r\n"
          "   x = {'a': [1, 2]} \u2581\u00bd\ufb01 $\\frac{1}{2}$ <think>\n</think>\n\n")
@@ -186,8 +187,8 @@ def same_real_ids(a: "Tokenizer | Mapping[str, Any]", b: "Tokenizer | Mapping[st
 
 
 def load_tokenizer(source: "str | Path | Tokenizer", *, chat_template: str | Path | None = None) -> Tokenizer:
-    """A tokenizer from a Hugging Face directory (files may be gzipped), a run directory (its `model/`), a raw
-    sentencepiece model file, or a hub id.
+    """A tokenizer from a Hugging Face directory (files may be gzipped), a run directory (its `model/`), a `gs://` or
+    `s3://` URL of either, a raw sentencepiece model file, or a hub id.
 
     chat_template: a Jinja file, or the name of a built-in template, instead of the source's own. Without either:
     `mistral_v3` for a sentencepiece model with Mistral's control pieces, else `plain`.
@@ -195,14 +196,37 @@ def load_tokenizer(source: "str | Path | Tokenizer", *, chat_template: str | Pat
     """
     if isinstance(source, Tokenizer):
         return source
-    path = Path(source)
+    if "://" in str(source):
+        with tempfile.TemporaryDirectory() as temp:
+            _fetch(str(source), Path(temp))
+            return _from_folder(Path(temp), str(source), chat_template)
+    path = Path(source).expanduser()
     if path.is_file():
         return _from_file(path, chat_template)
-    if path.is_dir():
-        folder = path / "model" if (path / "model").is_dir() else path
-    else:
-        folder = _download(str(source))
+    folder = _model_folder(path) if path.is_dir() else _download(str(source))
     return _from_folder(folder, str(source), chat_template)
+
+
+def _model_folder(path: Path) -> Path:
+    """Where the tokenizer lies: in `model/` of a run, of its last training stage if it has several; else here."""
+    final = _read_json(path, "run.json").get("final", "")
+    below = path / final / "model"
+    return below if below.is_dir() else path
+
+
+def _fetch(url: str, into: Path) -> None:
+    """The tokenizer files of a URL into a folder."""
+    remote = Kv(url)
+    run = remote.read("run.json")
+    final = json.loads(run).get("final", "") if run else ""
+    names = [name + end for name in FILES for end in ("", ".gz")]
+    for below in dict.fromkeys((f"{final}/model/" if final else "model/", "")):
+        for name, content in zip(names, remote.read_many(below + name for name in names)):
+            if content is not None:
+                (into / name).write_bytes(content)
+        if any(into.iterdir()):
+            return
+    raise ValueError(f"no tokenizer at {url}: none of {', '.join(FILES[:5])} is there or in model/")
 
 
 def _download(name: str) -> Path:

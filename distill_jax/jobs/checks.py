@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +77,15 @@ def _tag_run(tokens: np.ndarray, roles: np.ndarray, tok: Tokenizer) -> tuple[int
 
 
 def _teacher_tags(p: Patient) -> Iterable[tuple[str, tuple[bytes, ...] | None]]:
-    """(who, bytes of the tag's tokens) of every teacher that is known: the recipe's, and those that left their
-    tokenizer in the header of the store or of a signal."""
+    """(who, bytes of the tag's tokens) of every teacher whose tokenizer is at hand, and of the store's tokenizer."""
     thinking = [t for t in p.traces if t.thinking][:4]
     for name, tok in p.teachers.items():
         for trace in thinking[:1]:
             row = render(trace, tok)
             run = _tag_run(row.tokens, row.roles, tok)
             yield f"teacher {name}", None if run is None else tuple(tok.token_bytes(t) for t in run)
-    headers: dict[str, Mapping[str, Any]] = {f"the teacher of signal {n}": r.header.params.get("tokenizer") or {}
-                                             for n, r in p.signals.items()}
-    for name, info in (("the store", p.store.header.tokenizer), *headers.items()):
-        added = info.get("added", {})
-        if added and THINK_CLOSE in added and THINK_CLOSE not in p.tok.backend.added:
-            yield name, (THINK_CLOSE.encode(),)
-        elif added and THINK_CLOSE not in added and THINK_CLOSE in p.tok.backend.added:
-            yield name, (b"</", b"think", b">")
+    if THINK_CLOSE in p.store.header.tokenizer.get("added", {}):
+        yield "the tokenizer of the store", (THINK_CLOSE.encode(),)
 
 
 def template_drift(p: Patient) -> list[Finding]:

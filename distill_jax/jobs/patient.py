@@ -1,5 +1,6 @@
 """What `doctor` looks at: a store as a student would be fed from it, and what a check may say about it."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ import numpy as np
 from distill_jax.data.render import render
 from distill_jax.data.rowset import matches
 from distill_jax.data.sources import Store, choose
-from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.traces.store import RowArrays, RowIndex, SignalReader, TraceStore
 from distill_jax.traces.trace import Trace
 
@@ -41,7 +42,6 @@ class Patient:
     def __init__(self, spec: Store, tok: Tokenizer, *, teachers: Mapping[str, Tokenizer] | None = None,
                  vocabularies: Mapping[str, int] | None = None, against: Sequence[str] = ()) -> None:
         self.spec, self.tok = spec, tok
-        self.teachers = dict(teachers or {})
         self.vocabularies = dict(vocabularies or {})
         self.against = tuple(against)
         self.store = TraceStore.open(spec.path)
@@ -50,6 +50,18 @@ class Patient:
         last = max(len(self.chosen) - 1, 0)
         self.sample = self.chosen[np.unique(np.linspace(0, last, min(SAMPLE, len(self.chosen))).astype(int))]
         self.fits = matches(self.store, tok, spec.style)
+        self.teachers = {**self._scorers(), **(teachers or {})}
+
+    def _scorers(self) -> dict[str, Tokenizer]:
+        """Tokenizers of the teachers that scored the signals, where they still are where they were."""
+        out: dict[str, Tokenizer] = {}
+        for name, reader in self.signals.items():
+            teacher = reader.header.teacher
+            if not isinstance(teacher, Mapping) or teacher.get("tokenizer") == self.tok.hash:
+                continue
+            with contextlib.suppress(ValueError, OSError):
+                out[f"of signal {name}"] = load_tokenizer(str(teacher.get("model", "")))
+        return out
 
     @cached_property
     def stored(self) -> list[RowArrays]:

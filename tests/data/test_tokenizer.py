@@ -122,7 +122,17 @@ def test_decode_inverts_encode(load, golden, name):
     assert tok.decode([*tok.encode("hi")[0], tok.real + 7]) == f"hi<{tok.real + 7}?>"
 
 
-def test_errors(tmp_path, monkeypatch):
+def test_runs_of_several_stages_and_urls(tiny, tmp_path):
+    """`run.json` names the stage whose model the run is; a URL is read like a folder."""
+    tiny.save(tmp_path / "run" / "kd" / "model")
+    (tmp_path / "run" / "run.json").write_text('{"final": "kd"}')
+    for source in (tmp_path / "run", f"file://{tmp_path}/run", f"file://{tmp_path}/run/kd/model"):
+        assert load_tokenizer(source).hash == tiny.hash, source
+    with pytest.raises(ValueError, match=r"no tokenizer at file://.*/elsewhere"):
+        load_tokenizer(f"file://{tmp_path}/elsewhere")
+
+
+def test_errors(tmp_path):
     with pytest.raises(ValueError, match="no such directory"):
         load_tokenizer("./nowhere/at/all")
     with pytest.raises(ValueError, match=r"no tokenizer in .*it holds \['a.txt'\]"):
