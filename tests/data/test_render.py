@@ -1,6 +1,9 @@
 """Prompts exact to the token, the supervised turn token by token, and the invariants of every row."""
 
+import functools
+import gzip
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -71,24 +74,33 @@ def check_row(row: Row) -> None:
     assert (row.roles.dtype, row.parts.dtype, row.spans.dtype) == (np.uint8, np.int16, np.int32)
 
 
+@pytest.fixture(scope="module")
+def reference(load, tmp_path_factory):
+    """`reference(name)`: the transformers tokenizer on the folder we save."""
+    from transformers import AutoTokenizer
+
+    @functools.cache
+    def get(name):
+        folder = tmp_path_factory.mktemp("hf") / name
+        load(name).save(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+    return get
+
+
 @pytest.mark.parametrize("chat", sorted(CHATS))
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "deepseek_r1", "torchtitan_tiny"])
-def test_prompt_equals_transformers(load, tmp_path_factory, name, chat):
+def test_prompt_equals_transformers(load, reference, name, chat):
     """The generation prompt, to the token, of the reference implementation on the same folder."""
-    from transformers import AutoTokenizer
     tok = load(name)
-    folder = tmp_path_factory.getbasetemp() / f"hf-{name}"
-    if not folder.is_dir():
-        tok.save(folder)
-    reference = AutoTokenizer.from_pretrained(folder)
     messages = json.loads(json.dumps(CHATS[chat]))
     if name == "deepseek_r1" and chat == "tool":  # its template wants JSON text
         messages[1]["tool_calls"][0]["function"]["arguments"] = '{"city": "Paris"}'
     for kwargs in ({}, {"enable_thinking": False}, {"tools": TOOLS}):
         if name == "torchtitan_tiny" and chat == "tool":
             continue
-        want = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False,
-                                             **kwargs)
+        want = reference(name).apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                                       return_dict=False, **kwargs)
         assert tok.encode(tok.prompt_text(CHATS[chat], **kwargs))[0].tolist() == list(want)
 
 
@@ -133,6 +145,18 @@ def test_ids_equal_the_template_where_it_keeps_thinking(load):
                       generation_prompt=False)
     row = render(tr, tok)
     assert row.text + "\n" == full and row.tokens.tolist() == tok.encode(full)[0].tolist()[:-1]
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_supervised_tokens_equal_what_the_engine_counted(load, data_dir, mode):
+    """Real generations of Qwen3-8B: our supervised turn has as many tokens as the engine sampled."""
+    tok, off_by = load("qwen3"), Counter()
+    with gzip.open(data_dir / f"2_traces/qwen3_think_on_off/qwen3-8b__think-{mode}.jsonl.gz", "rt") as f:
+        for row in map(json.loads, f):
+            if row["done_reason"] == "stop":
+                tr = simple_trace("q", row["thinking"], row["content"])
+                off_by[len(render(tr, tok).tokens) - len(prompt_ids(tr, tok)) - row["eval_count"]] += 1
+    assert off_by[0] > 90 and off_by.total() - off_by[0] <= 1, off_by
 
 
 def test_plain_template_and_think_tags_option(load):
