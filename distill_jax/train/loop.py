@@ -84,17 +84,23 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
                         writes=jax.process_index() == 0)
     try:
         state, start = _resume(checkpoints, state, run)
-        if start >= run.steps:
-            return Fitted(state=state, step=start)
         if check is not None and start == 0:
             check(source.batch(0))
         reporter.start(start)
         if start:
             reporter.say(f"resumed at update {start} of {run.steps}")
         votes = Votes(config.mesh)
+        loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}))
         with votes.listening():
-            loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}))
-            return loop.train(state, dict(frozen or {}), Feed(source, config.mesh, start, serve), start)
+            if start < run.steps:
+                state, start = loop.updates(state, dict(frozen or {}), Feed(source, config.mesh, start, serve), start)
+        checkpoints.wait()
+        if start < run.steps:
+            why = votes.signal or "a signal to another process"
+            reporter.say(f"{why}: saved after update {start} of {run.steps}; the same command resumes")
+            return Fitted(state=state, step=start, stopped=why)
+        loop.evaluate(start, state, last=True)
+        return Fitted(state=state, step=start)
     finally:
         reporter.close()
         checkpoints.close()
@@ -125,48 +131,52 @@ class _Loop:
     evaluations: dict[str, Evaluation]
     bad_in_a_row: int = 0
 
-    def train(self, state: TrainState, frozen: Mapping[str, Tree], feed: Feed, start: int) -> Fitted:
+    def __post_init__(self) -> None:
+        self.window = Window(device=self.config.mesh.devices.flat[0], count=self.config.mesh.size)
+
+    def updates(self, state: TrainState, frozen: Mapping[str, Tree], feed: Feed, start: int) -> tuple[TrainState, int]:
+        """-> the state at the end or where a signal stopped it, saved or being saved, and the updates done."""
         run, votes = self.run, self.votes
-        step_fn = make_step(self.config, state)
-        window = Window(device=self.config.mesh.devices.flat[0], count=self.config.mesh.size)
+        step = make_step(self.config, state)
         pending: deque[tuple[int, Metrics]] = deque()
-        batch, done, saved_at, saved_time = next(feed), start, start, time.monotonic()
-        began = saved_time
-        while done < run.steps:
-            state, metrics = step_fn(state, frozen, batch, votes.ballot())
+        done, saved_at, began = start, start, time.monotonic()
+        saved_time, batch, stop = began, next(feed), False
+        while done < run.steps and not stop:
+            state, metrics = step(state, frozen, batch, votes.ballot())
             pending.append((done, metrics))
             done += 1
             if done == start + 1:
                 jax.block_until_ready(metrics["loss"])
                 self.reporter.say(f"compiled and ran the first update in {time.monotonic() - began:.1f} s")
                 self.reporter.restart_clock(done)
-                window.restart_clock()
+                self.window.restart_clock()
             if done < run.steps:
                 batch = next(feed)  # made and put while the step runs
             decision = votes.decision(pending[0][1]) if len(pending) > AHEAD or not votes.shared else 0
-            while len(pending) > (AHEAD if done < run.steps else 0):
-                self._settle(window, *pending.popleft())
+            stop = decision == STOP
+            while len(pending) > (0 if stop or done == run.steps else AHEAD):
+                self._settle(*pending.popleft(), last=stop and not pending)
             if jax.process_index() == 0 and time.monotonic() - saved_time > 60 * (run.save_minutes or math.inf):
                 votes.want(SAVE)
             due = bool(run.save_every) and done % run.save_every == 0
-            asked = decision == STOP or (decision == SAVE and done - saved_at > AHEAD)
-            if due or asked or done == run.steps:
-                self._save(done, state)
+            if due or stop or done == run.steps or (decision == SAVE and done - saved_at > AHEAD):
+                self.checkpoints.save(done, state, {"identity": run.identity, "data_step": done})
                 votes.saved()
                 saved_at, saved_time = done, time.monotonic()
-            self._evaluate(done, state, window)
-            if decision == STOP and done < run.steps:
-                return self._stop(done, state)
-        self.checkpoints.wait()
-        return Fitted(state=state, step=done)
+            self.evaluate(done, state)
+        return state, done
 
-    def _settle(self, window: Window, step: int, metrics: Metrics) -> None:
-        """Take in the metrics of step `step`; report and look for bad steps when a window is full."""
-        window.add(metrics)
-        if (step + 1) % self.run.log_every and step + 1 < self.run.steps:
+    def _settle(self, step: int, metrics: Metrics, last: bool = False) -> None:
+        """Take in the metrics of step `step`; report when a window is full. Raises after too many bad steps in a row.
+
+        Waiting here keeps the host at most AHEAD steps in front; with a step queued, the device does not notice.
+        """
+        jax.block_until_ready(metrics["loss"])
+        self.window.add(metrics)
+        if (step + 1) % self.run.log_every and step + 1 < self.run.steps and not last:
             return
-        first = step + 1 - len(window)
-        values, ok = window.close()
+        first = step + 1 - len(self.window)
+        values, ok = self.window.close()
         self.reporter.report(step + 1, values)
         for number, fine in enumerate(ok, start=first):
             self.bad_in_a_row = 0 if fine else self.bad_in_a_row + 1
@@ -185,22 +195,14 @@ class _Loop:
                 f"{step}; its batch is in {path}. Parameters are those before the first of them. Lower the peak "
                 "learning rate, or look at the batch (distill-jax batch), then start again")
 
-    def _save(self, done: int, state: TrainState) -> None:
-        self.checkpoints.save(done, state, {"identity": self.run.identity, "data_step": done})
-
-    def _evaluate(self, done: int, state: TrainState, window: Window) -> None:
-        last = done == self.run.steps
-        due = {n: e for n, e in self.evaluations.items() if last or (e.every and done % e.every == 0)}
+    def evaluate(self, done: int, state: TrainState, last: bool = False) -> None:
+        """Run what is due after `done` updates, all of it at the end."""
+        due = {n: e for n, e in self.evaluations.items()
+               if last or (e.every and done % e.every == 0 and done < self.run.steps)}
         if not due:
             return
         began = time.perf_counter()
         values = {f"{name}/{key}": float(v) for name, e in due.items() for key, v in e.fn(state.params, done).items()}
         self.reporter.write(done, values)
         self.reporter.say("  ".join(f"{name} {v:.4g}" for name, v in values.items()))
-        window.pause(time.perf_counter() - began)
-
-    def _stop(self, done: int, state: TrainState) -> Fitted:
-        self.checkpoints.wait()
-        why = self.votes.signal or "a signal to another process"
-        self.reporter.say(f"{why}: saved after update {done} of {self.run.steps}; the same command resumes")
-        return Fitted(state=state, step=done, stopped=why)
+        self.window.pause(time.perf_counter() - began)

@@ -1,0 +1,52 @@
+"""One process of a training run: `python -m tests.train.worker FOLDER STEPS --process 0 --processes 2 --devices 4`.
+
+Trains the tiny model on synthetic batches over a data x fsdp mesh of all devices. SLOW=seconds stretches each
+batch, so that a test can send signals in the middle.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("folder", type=Path)
+    p.add_argument("steps", type=int)
+    p.add_argument("--process", type=int, default=0)
+    p.add_argument("--processes", type=int, default=1)
+    p.add_argument("--devices", type=int, default=1)
+    p.add_argument("--port", type=int, default=0)
+    p.add_argument("--save-every", type=int, default=5)
+    p.add_argument("--cache", default="")
+    args = p.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (f"--xla_force_host_platform_device_count={args.devices} "
+                               "--xla_backend_optimization_level=0")
+    import jax
+
+    if args.cache:
+        jax.config.update("jax_compilation_cache_dir", args.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if args.processes > 1:
+        jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.process)
+
+    from distill_jax.sharding import make_mesh
+    from distill_jax.train.loop import Run, fit
+    from tests.train.tiny import CE, Synthetic, setup
+
+    class Slow(Synthetic):
+        def batch(self, step):
+            time.sleep(float(os.environ.get("SLOW", "0")))
+            return super().batch(step)
+
+    mesh = make_mesh(data=-1, fsdp=2 if args.devices > 1 else 1)
+    config, state = setup(CE, mesh, total=20)
+    run = Run(folder=args.folder, steps=args.steps, log_every=4, save_every=args.save_every)
+    fit(config, state, Slow(), run)
+
+
+if __name__ == "__main__":
+    main()
