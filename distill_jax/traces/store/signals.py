@@ -176,8 +176,9 @@ class TopKCodec:
             lp = self._scaled(lp, codes, count, tail)
         else:
             tail = np.where(mask, tails.view(np.float32), np.float32(1))
-        ids = _spread(flat_ids, count, self.k, np.int32(-1))
-        return TopKRow(ids=ids, logprobs=_spread(lp, count, self.k, np.float32(-np.inf)), mask=mask, tail=tail)
+        places, shape = _places(count, self.k), (length, self.k)
+        return TopKRow(ids=_spread(flat_ids, places, shape, np.int32(-1)),
+                       logprobs=_spread(lp, places, shape, np.float32(-np.inf)), mask=mask, tail=tail)
 
     def _scaled(self, lp: np.ndarray, codes: np.ndarray, count: np.ndarray, tail: np.ndarray) -> np.ndarray:
         """Log-probs moved by one number a token so that the kept mass is 1 - tail."""
@@ -190,15 +191,22 @@ class TopKCodec:
         return np.minimum(lp + np.repeat(np.log(left / mass), count[some]), np.float32(0))
 
 
-def _spread(flat: np.ndarray, count: np.ndarray, width: int, empty: Any) -> np.ndarray:
-    """Ragged entries into [T, width], `count` of them in each row."""
-    full = count == width
-    out = np.full((len(count), width), empty)
-    if len(flat) == width * int(full.sum()):  # rows are full or empty: whole rows move
-        out[full] = flat.reshape(-1, width)
-    else:
-        out[np.arange(width) < count[:, None]] = flat
-    return out
+def _places(count: np.ndarray, width: int) -> np.ndarray | None:
+    """Where ragged entries, `count` of them a row, stand in a flattened [T, width]; None when they fill it."""
+    total = int(count.sum())
+    if total == len(count) * width:
+        return None
+    before = np.cumsum(count) - count
+    return np.repeat(np.arange(len(count)) * width - before, count) + np.arange(total)
+
+
+def _spread(flat: np.ndarray, places: np.ndarray | None, shape: tuple[int, int], empty: Any) -> np.ndarray:
+    """Ragged entries into their places of an array that is `empty` elsewhere."""
+    if places is None:
+        return flat.reshape(shape)
+    out = np.full(shape[0] * shape[1], empty)
+    out[places] = flat
+    return out.reshape(shape)
 
 
 class TokenCodec:
