@@ -18,6 +18,11 @@ _TRANSIENT = ("UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED", "DEADLINE_E
 """Status codes of a medium that does not answer, as against one that answers with wrong bytes."""
 
 
+RETRIES = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}
+"""About half a minute in all. tensorstore's own default is 32 retries, a quarter of an hour before a wrong endpoint is
+reported."""
+
+
 def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
     """tensorstore's kvstore spec of a path or of a `file://`, `gs://` or `s3://` URL, ending in `/`.
 
@@ -36,8 +41,10 @@ def kvstore_spec(url: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{text}: no bucket in the URL; expected {scheme}://bucket/path")
     path = path.strip("/") + "/" if path.strip("/") else ""
     if scheme == "gs":
-        return {"driver": "gcs", "bucket": bucket, "path": path}
-    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
+        return {"driver": "gcs", "bucket": bucket, "path": path, "gcs_request_retries": RETRIES}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path, "s3_request_retries": RETRIES}
+    if os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY"):
+        spec["aws_credentials"] = {"type": "environment"}  # else it looks for profile files first, and complains
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distill_jax.traces.store import CorruptShard, SignalHeader, TraceStore
-from distill_jax.traces.store.kv import Kv, kvstore_spec
+from distill_jax.traces.store.kv import RETRIES, Kv, kvstore_spec
 from tests.faults.campaign import differences
 from tests.traces.store.store_builders import HEADER, build, make_row, make_topk, same_arrays
 
@@ -103,13 +103,25 @@ def test_no_store_there(bucket):
         TraceStore.open(f"{bucket[1]}/nothing/here")
 
 
+def test_an_endpoint_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setitem(RETRIES, "max_retries", 1)
+    for name, value in (("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_ACCESS_KEY_ID", "a"),
+                        ("AWS_SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match=r"s3://some-bucket/x: manifest.json: .*connect") as caught:
+        TraceStore.open("s3://some-bucket/x")
+    assert "\n" not in str(caught.value)
+
+
 def test_spec_honours_the_environment(monkeypatch):
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert kvstore_spec("s3://abc/d/e") == {"driver": "s3", "bucket": "abc", "path": "d/e/"}
+    spec = kvstore_spec("s3://abc/d/e")
+    assert spec == {"driver": "s3", "bucket": "abc", "path": "d/e/", "s3_request_retries": RETRIES}
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9/")
     assert kvstore_spec("s3://abc")["endpoint"] == "http://127.0.0.1:9"
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://other")
     assert kvstore_spec("s3://abc")["endpoint"] == "http://other"
-    assert kvstore_spec("gs://abc/d/") == {"driver": "gcs", "bucket": "abc", "path": "d/"}
+    spec = kvstore_spec("gs://abc/d/")
+    assert spec == {"driver": "gcs", "bucket": "abc", "path": "d/", "gcs_request_retries": RETRIES}
     assert kvstore_spec("file:///d/e") == kvstore_spec("/d/e/") == {"driver": "file", "path": "/d/e/"}
