@@ -55,7 +55,7 @@ def test_multidoc_positions_and_settings():
 def test_unknown_task_and_option():
     with pytest.raises(ValueError, match="multidoc_qa"):
         find("multidoc")
-    with pytest.raises(ValueError, match="no option 'layouts'"):
+    with pytest.raises(ValueError, match="no field 'layouts'"):
         make("conflicts", layouts=())
 
 
