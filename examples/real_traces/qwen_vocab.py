@@ -4,7 +4,7 @@ What it shows: the import, the store, packing and the lifted loss at a real voca
 the student little beyond the frequencies of tokens. Size and lr are guesses that fit two CPU cores.
 """
 
-from distill_jax.data.sources import Store
+from distill_jax.data.sources import Mix, Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Recipe, Saving, Stage, Student
@@ -14,7 +14,8 @@ from examples.real_traces.models import qwen2
 
 def recipe() -> Recipe:
     return Recipe(name="real_qwen_vocab", stages=(Stage(
-        source=Store(path="SET_ME", rows=4, seq_len=512, verdict="not_wrong", holdout=0.02),
+        source=Mix(sources=(Store(path="SET_ME", seq_len=512, verdict="not_wrong"),
+                            Store(path="SET_ME", seq_len=512, verdict="not_wrong")), weights=(0.8, 0.2), rows=4),
         providers={"student": Student(config=qwen2(64, 2, 151936), tokenizer="SET_ME")},
         terms={"ce": Term(loss=cross_entropy)}, optim=AdamW(peak_lr=3e-3, warmup=10),
-        steps=50, saving=Saving(steps=25), log_every=10, heldout=16),))
+        steps=50, saving=Saving(steps=25), log_every=10),))
