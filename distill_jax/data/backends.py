@@ -5,7 +5,7 @@ Both encode text in which special tokens are written out, add none themselves, a
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,21 @@ def byte_alphabet() -> dict[str, int]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def decode_chunks(ids: Sequence[int], added: Mapping[str, int], decode: Callable[[list[int]], str]) -> str:
+    """Decode what stands between added tokens chunk by chunk: inverse of encoding each chunk with its own blank in
+    front."""
+    contents = {i: s for s, i in added.items()}
+    out: list[str] = []
+    run: list[int] = []
+    for token in ids:
+        if (content := contents.get(int(token))) is None:
+            run.append(int(token))
+            continue
+        out += [decode(run), content] if run else [content]
+        run = []
+    return "".join([*out, decode(run)] if run else out)
 
 
 class FastBackend:
@@ -98,8 +113,17 @@ class FastBackend:
         offsets = where[np.array(encoding.offsets, np.int64).reshape(-1, 2)]
         return ids, sp.from_starts(sp.token_starts(offsets, self._lengths[ids], self._is_byte[ids]), len(raw))
 
+    @cached_property
+    def _chunk_blank(self) -> bool:
+        """Whether text behind an added token gets a blank in front (Metaspace with prepend_scheme "always")."""
+        if self.byte_level or not self.added:
+            return False
+        ids = self.backend.encode(f"{next(iter(self.added))}a", add_special_tokens=False).ids
+        return len(ids) > 1 and self.token_bytes(ids[1]).startswith(b" ")
+
     def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        whole = lambda run: self.backend.decode(run, skip_special_tokens=False)
+        return decode_chunks(ids, self.added, whole) if self._chunk_blank else whole(list(ids))
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text(self.backend.to_str())
@@ -150,19 +174,7 @@ class PieceBackend:
         return [self.encode(t) for t in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        controls = set(self.added.values())
-        out: list[str] = []
-        run: list[int] = []
-        for token in [*ids, -1]:
-            if token >= 0 and int(token) not in controls:
-                run.append(int(token))
-                continue
-            if run:
-                out.append(self.model.decode(run))
-                run = []
-            if token >= 0:
-                out.append(self.pieces[int(token)])
-        return "".join(out)
+        return decode_chunks(ids, self.added, self.model.decode)
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self.proto)

@@ -122,6 +122,18 @@ def test_decode_inverts_encode(load, golden, name):
     assert tok.decode([*tok.encode("hi")[0], tok.real + 7]) == f"hi<{tok.real + 7}?>"
 
 
+def test_world_tokenizers_split_completions_exactly(tmp_path):
+    """Sentencepiece pieces as a tokenizer.json: the blank in front of each chunk is not text."""
+    from distill_jax.data.render import prompt_ids, render, split_completion
+    from distill_jax.traces.trace import simple_trace
+    from distill_jax.traces.world.tokenizer import build_tokenizer
+    tok = load_tokenizer(build_tokenizer(tmp_path, "rich"))
+    for trace in (simple_trace("a b", "Klaus lives there.\nSo tea.", "tea"), simple_trace("a b", "", "tea")):
+        row = render(trace, tok)
+        back = split_completion(row.tokens[len(prompt_ids(trace, tok)):], tok)
+        assert back == (trace.thinking, trace.answer, True)
+
+
 def test_runs_of_several_stages_and_urls(tiny, tmp_path):
     """`run.json` names the stage whose model the run is; a URL is read like a folder."""
     tiny.save(tmp_path / "run" / "kd" / "model")
