@@ -89,8 +89,8 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     """Evaluate all terms (and the wanted gradients) over one global [B,T]; `chunk` is tokens per device and turn."""
     dynamic = {name: dict(t.dynamic) for name, t in terms.items()}
     static = {name: replace(t, dynamic={}) for name, t in terms.items()}
-    heads = {s: replace(h, kernel=h.kernel.astype(hiddens[s].dtype)) for s, h in heads.items()}
-    local = _Local(static, dict(wanted), chunk, mesh)
+    kernels = {s: PartitionSpec() if mesh is None else _kernel_spec(mesh, h.kernel.shape) for s, h in heads.items()}
+    local = _Local(static, dict(wanted), chunk, mesh, kernels)
     if mesh is None:
         return local(hiddens, heads, fields, dynamic)
     rows = tuple(a for a in mesh.axis_names if a in ROW_AXES)
@@ -99,11 +99,13 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     B, T = fields.tokens.shape
     hiddens, fields = _pad((hiddens, fields), -B % _size(mesh, rows), -T % _size(mesh, columns))
     out_grads = {s: Grads(hidden=by_token if w.hidden else None,
-                          kernel=_head_spec(mesh, heads[s].vocab) if w.kernel else None,
+                          kernel=kernels[s] if w.kernel else None,
                           bias=PartitionSpec() if w.bias else None) for s, w in wanted.items()}
     everywhere = PartitionSpec()
+    head_specs = {s: replace(h, kernel=kernels[s], bias=None if h.bias is None else everywhere)
+                  for s, h in heads.items()}
     out = jax.shard_map(
-        local, mesh=mesh, check_vma=False, in_specs=(by_token, everywhere, by_token, everywhere),
+        local, mesh=mesh, check_vma=False, in_specs=(by_token, head_specs, by_token, everywhere),
         out_specs=Result(total=everywhere, values=dict.fromkeys(terms, by_token), grads=out_grads),
     )(hiddens, heads, fields, dynamic)
     cut = lambda x: x if x is None else x[:B, :T]
@@ -111,9 +113,14 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
                   {s: g._replace(hidden=cut(g.hidden)) for s, g in out.grads.items()})
 
 
-def _head_spec(mesh: Mesh, vocab: int) -> PartitionSpec:
-    """Where the head's gradient is left: by vocabulary over all devices (a reduce-scatter, half an all-reduce)."""
-    return PartitionSpec(tuple(mesh.axis_names)) if vocab % mesh.size == 0 else PartitionSpec()
+def _kernel_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """Where a head's kernel [V,D] lies before and its gradient after: as the sharding table keeps the parameter.
+
+    Gathered once before the loop in the compute dtype, and reduce-scattered once after it; both explicit, so that no
+    partitioner decides to do either in float32 or inside the loop.
+    """
+    fits = lambda axis, size: axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+    return PartitionSpec(fits("tensor", shape[0]), fits("fsdp", shape[1]))
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
@@ -138,10 +145,12 @@ class _Local:
     wanted: dict[str, Wanted]
     chunk: int
     mesh: Mesh | None
+    kernels: dict[str, PartitionSpec]  # where each head lies outside
 
     def __call__(self, hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
                  dynamic: dict[str, dict[str, Array]]) -> Result:
         shape = fields.tokens.shape
+        heads = {s: replace(h, kernel=self._gather(s, h.kernel.astype(hiddens[s].dtype))) for s, h in heads.items()}
         flat_hiddens, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hiddens, fields))
         count = flat.tokens.shape[0]
         n = chunk_size(count, self.chunk)
@@ -162,15 +171,24 @@ class _Local:
         out = jax.lax.fori_loop(0, turns, turn, self._zeros(flat_hiddens, heads, count))
         unflat = lambda x: x if x is None else x.reshape(*shape, *x.shape[1:])
         return Result(self._sum(out.total), {t: unflat(v) for t, v in out.values.items()}, {
-            s: Grads(unflat(g.hidden), self._sum_kernel(g.kernel), self._sum(g.bias)) for s, g in out.grads.items()})
+            s: Grads(unflat(g.hidden), self._sum_kernel(s, g.kernel), self._sum(g.bias)) for s, g in out.grads.items()})
 
     def _sum(self, x: Array | None) -> Array | None:
         return x if x is None or self.mesh is None else jax.lax.psum(x, self.mesh.axis_names)
 
-    def _sum_kernel(self, x: Array | None) -> Array | None:
-        if x is None or self.mesh is None or _head_spec(self.mesh, x.shape[0]) == PartitionSpec():
-            return self._sum(x)
-        return jax.lax.psum_scatter(x, self.mesh.axis_names, scatter_dimension=0, tiled=True)
+    def _gather(self, source: str, kernel: Array) -> Array:
+        for dim, axis in enumerate(self.kernels[source]):
+            kernel = kernel if axis is None else jax.lax.all_gather(kernel, axis, axis=dim, tiled=True)
+        return kernel
+
+    def _sum_kernel(self, source: str, grad: Array | None) -> Array | None:
+        if grad is None or self.mesh is None:
+            return grad
+        spec = self.kernels[source]
+        for dim, axis in enumerate(spec):
+            if axis is not None:
+                grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(grad, tuple(a for a in self.mesh.axis_names if a not in spec))
 
     def _zeros(self, hiddens: dict[str, Array], heads: dict[str, Head], count: int) -> Result:
         dtype = wide(*hiddens.values())

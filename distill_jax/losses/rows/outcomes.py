@@ -133,7 +133,8 @@ def _topk(logits: Array, target: TopKTarget) -> tuple[Array, Array]:
     logits = logits.astype(wide(logits))
     logprobs = jax.lax.stop_gradient(target.logprobs.astype(logits.dtype))
     stored = (target.ids >= 0) & (logprobs > _ABSENT)
-    kept, tail = kept_and_tail(logits, jnp.where(stored, target.ids, -1), target.grad_dtype)
+    student: Any = kept_and_tail(logits, jnp.where(stored, target.ids, -1), target.grad_dtype)
+    kept, tail = student
     teacher_kept = jnp.where(jax.lax.stop_gradient(kept) > _ABSENT, logprobs, NEG)
     mass = 1.0 - jnp.sum(jnp.exp(teacher_kept), axis=-1)
     teacher_tail = jnp.where(jax.lax.stop_gradient(tail) > _ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)
