@@ -242,3 +242,40 @@ def test_commands(tmp_path, tok, monkeypatch):
     assert shown.exit_code == 0, shown.output
     assert "supervised tokens" in shown.output and "'<think>'" in shown.output and "tail 0." in shown.output
     assert run.invoke(app, ["batch", str(tmp_path / "s"), "--row", "99"]).exit_code != 0
+
+
+RECIPE = """
+from distill_jax.data.sources import Mix, Store
+from distill_jax.losses.rows.cross_entropy import cross_entropy
+from distill_jax.models.config import ModelConfig
+from distill_jax.objective.term import Term
+from distill_jax.recipe import Recipe, Stage, Student
+
+def recipe():
+    config = ModelConfig(vocab_size={vocab}, hidden_size=16, mlp_size=32, num_layers=1, num_heads=2, num_kv_heads=1,
+                         head_dim=8, context_length=512)
+    store = Store(path={path!r}, rows=2, seq_len=256)
+    return Recipe(name="r", stages=(
+        Stage(name="one", source=store, providers={{"student": Student(config=config, tokenizer={tok!r})}},
+              terms={{"ce": Term(loss=cross_entropy)}}, steps=2),
+        Stage(name="two", source=Mix(sources=(store, store), weights=(1.0, 1.0), rows=4),
+              providers={{"student": Student(config=config, tokenizer={tok!r})}},
+              terms={{"ce": Term(loss=cross_entropy)}}, steps=2)))
+"""
+
+
+def test_commands_on_a_recipe(tmp_path, tok):
+    make_store(tmp_path / "s", some_traces(12), tok)
+    tok.save(tmp_path / "tok")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.format(vocab=tok.real + 24, path=str(tmp_path / "s"), tok=str(tmp_path / "tok")))
+    app, run = build_app(["doctor", "batch"]), CliRunner()
+    found = run.invoke(app, ["doctor", str(recipe), "--json"])
+    assert found.exit_code == 0, found.output
+    (finding,) = json.loads(found.output)[0]["findings"]
+    assert finding["check"] == "padded vocabulary" and "24 are padding" in finding["message"]
+    assert len(json.loads(run.invoke(app, ["doctor", str(recipe), "--stage", "two", "--json"]).output)) == 2
+    shown = run.invoke(app, ["batch", str(recipe), "--stage", "two", "--row", "3", "--set", "source.rows=8"])
+    assert shown.exit_code == 0 and "step 0: 8 x 256" in shown.output, shown.output
+    lost = run.invoke(app, ["batch", str(recipe), "--stage", "three"])
+    assert "has no training stage 'three'" in str(lost.exception)
