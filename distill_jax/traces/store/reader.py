@@ -46,8 +46,8 @@ class Reader:
         self._open: OrderedDict[tuple[int, str], RaggedArray] = OrderedDict()
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
-    def locate(self, ids: Sequence[int] | np.ndarray) -> list[tuple[Commit, int]]:
-        """(commit, row within it) of each row id. Raises IndexError for ids outside the store."""
+    def _windows(self, ids: Sequence[int] | np.ndarray) -> Iterator[list[tuple[Commit, int]]]:
+        """(commit, row within it) of each row id, `WINDOW` at a time. Raises IndexError for ids outside the store."""
         wanted = np.asarray(ids, np.int64).reshape(-1)
         total = self.shards.total
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < total:
@@ -56,19 +56,20 @@ class Reader:
                              f"rows run from 0 to {total - 1}")
         firsts = np.array([c.first_row for c in self.shards.commits], np.int64)
         at = np.searchsorted(firsts, wanted, side="right") - 1
-        return [(self.shards.commits[s], int(i - firsts[s])) for s, i in zip(at, wanted)]
+        for begin in range(0, len(wanted), WINDOW):
+            part = slice(begin, begin + WINDOW)
+            yield [(self.shards.commits[s], int(i - firsts[s])) for s, i in zip(at[part], wanted[part])]
 
     def read(self, ids: Sequence[int] | np.ndarray, tables: Sequence[str]
              ) -> Iterator[tuple[Commit, int, Mapping[str, Mapping[str, np.ndarray]]]]:
         """(commit, row within it, {table: {plane: uint8 [n]}}) of each row, in the order asked."""
-        located = self.locate(ids)
-        windows = [located[i : i + WINDOW] for i in range(0, len(located), WINDOW)]
-        started = [self._start(windows[0], tables)] if windows else []
-        for i, window in enumerate(windows):
-            if i + 1 < len(windows):  # the next window is fetched while this one is decoded
-                started.append(self._start(windows[i + 1], tables))
-            for (commit, row), futures in zip(window, started.pop(0)):
+        windows = ((window, self._start(window, tables)) for window in self._windows(ids))
+        current = next(windows, None)
+        while current is not None:
+            following = next(windows, None)  # fetched while this one is decoded
+            for (commit, row), futures in zip(*current):
                 yield commit, row, {t: self._finish(commit, row, *f) for t, f in zip(tables, futures)}
+            current = following
 
     def table(self, commit: Commit, name: str) -> Mapping[str, np.ndarray]:
         """The byte planes of an array that a shard has once, not per row."""

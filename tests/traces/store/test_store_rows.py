@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distill_jax.traces.store import Row, StoreHeader, TraceStore, compatible
-from distill_jax.traces.store.rows import decode_tokens, encode_tokens
+from distill_jax.traces.store.rows import MAX_ID, TOKEN_PLANES, RowArrays, decode_tokens, digest, encode_tokens
 from tests.traces.store.store_builders import HEADER, build, make_row, same_arrays
 
 
@@ -74,10 +76,21 @@ def test_outside(store):
 
 def test_spans_round_trip_for_interleaved_parts():
     row = make_row(3, low=200, high=201)
-    planes = encode_tokens(row)
-    names = ["token.0", "token.1", "token.2", "role.0", *(f"step.{i}" for i in range(4)), "part.0", "part.1",
-             *(f"gap.{i}" for i in range(4)), *(f"length.{i}" for i in range(4))]
-    same_arrays(decode_tokens(dict(zip(names, planes)), 200), row)
+    same_arrays(decode_tokens(dict(zip(TOKEN_PLANES, encode_tokens(row))), 200), row)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 60), st.sampled_from([3, 300, 2**31 - 1]))
+def test_any_arrays_round_trip(seed, n, most):
+    """Parts in any order, spans that overlap, jump and go back, the largest values there are."""
+    rng = np.random.default_rng(seed)
+    spans = np.sort(rng.integers(0, most, (n, 2), endpoint=True), axis=1).astype(np.int32)
+    row = RowArrays(tokens=rng.integers(0, min(most, MAX_ID), n, dtype=np.int32, endpoint=True),
+                    roles=rng.integers(0, 9, n, dtype=np.uint8), spans=spans,
+                    steps=rng.integers(0, most, n, dtype=np.int32, endpoint=True),
+                    parts=rng.integers(-1, min(most, 2**15 - 1), n, dtype=np.int16, endpoint=True))
+    same_arrays(decode_tokens(dict(zip(TOKEN_PLANES, encode_tokens(row))), n), row)
+    assert digest(row) == digest(decode_tokens(dict(zip(TOKEN_PLANES, encode_tokens(row))), n))
 
 
 def test_places_that_hold_no_store(tmp_path, store):
