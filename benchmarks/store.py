@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import platform
+import subprocess
 import tempfile
 import time
 import zlib
@@ -143,6 +144,9 @@ def main() -> None:
     ap.add_argument("--tokens", type=int, default=600_000)
     ap.add_argument("--seed", type=int, default=0)
     args = ap.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"benchmarks/store.py --tokens {args.tokens} --seed {args.seed}{' --data DIR' if args.data else ''}, commit "
+          f"{commit or '?'}, Python {platform.python_version()}")
     name, encode = encoder(args.data)
     rows = make_rows(real_texts(args.data) if args.data else synthetic_texts(args.seed), encode, args.tokens)
     lengths = np.array([len(r) for r in rows])
