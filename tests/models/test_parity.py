@@ -210,3 +210,10 @@ def test_a_fresh_student_serves_in_transformers(tmp_path, scaling):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager").eval()
     t = ids(2, 50)
     close(compiled(model, params)(t), torch_logits(theirs, t))
+
+
+def test_training_is_that_of_torch():
+    """Five updates of the trainer's step against a torch loop: the same losses (the small side of the benchmark)."""
+    from benchmarks.step import config_of, measure
+
+    assert measure(config_of(small=True), rows=2, length=32, steps=3)["largest_relative_loss_gap"] < 1e-5
