@@ -6,10 +6,14 @@ head, in one process, one after the other; their values and gradients are compar
     python -m benchmarks.loss                 # V=151,936 D=896, 4,096 tokens, k=64
     python -m benchmarks.loss --small         # seconds: does it run and agree
     python -m benchmarks.loss --dtype bfloat16 --supervised 0.25
+    python -m benchmarks.loss --target h200.txtpb --width 1536 --tokens 8192 --dtype bfloat16
+                                              # memory only, compiled for a GPU that is not there (its target config as
+                                              # text proto); needs jax-cuda13-plugin of jax's version, JAX_PLATFORMS=cpu
 """
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -68,6 +72,28 @@ def lifted(hidden: Array, kernel: Array, weights: Array, topk: TopK, *, chunk: i
                     signals={"topk": topk}, chunk=chunk)[0]
 
 
+def compiled_temporaries(sides: dict[str, Callable[..., Array]], args: argparse.Namespace) -> dict[str, dict]:
+    """Peak temporaries of each side, compiled for the GPU described by the file `args.target`."""
+    from jax.experimental import topologies
+
+    with open(args.target) as f:
+        gpu = topologies.get_topology_desc("gpu", "cuda", topology="1x1x1", target_config=f.read())
+    mesh = jax.sharding.Mesh(np.array(gpu.devices).reshape(1), ("x",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    B, T = args.rows, args.tokens // args.rows
+    data = (like(jnp.dtype(args.dtype), B, T, args.width), like(jnp.float32, args.vocab, args.width),
+            like(jnp.float32, B, T), TopK(ids=like(jnp.int32, B, T, args.k), logprobs=like(jnp.float32, B, T, args.k),
+                                          mask=like(jnp.bool_, B, T)))
+    out = {}
+    for name, fn in sides.items():
+        memory = jax.jit(jax.value_and_grad(fn, argnums=(0, 1))).lower(*data).compile().memory_analysis()
+        out[name] = {"temp_gb": memory.temp_size_in_bytes / 1e9, "output_gb": memory.output_size_in_bytes / 1e9}
+        print(f"{name:15s} temporaries {out[name]['temp_gb']:6.2f} GB, gradients returned "
+              f"{out[name]['output_gb']:.2f} GB", flush=True)
+    return out
+
+
 def inputs(args: argparse.Namespace) -> tuple[Array, Array, Array, TopK]:
     rng = np.random.default_rng(0)
     shape = (args.rows, args.tokens // args.rows)
@@ -116,19 +142,29 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--only", nargs="*", default=None, help="naive, rematerialised, lifted")
     p.add_argument("--small", action="store_true")
+    p.add_argument("--target", default=None, help="text proto of a GPU to compile for: memory only, nothing runs")
     p.add_argument("--out", default=None, help="write the result as JSON")
     args = p.parse_args()
     if args.small:
         args.vocab, args.width, args.tokens, args.k, args.chunk = 4_096, 64, 512, 16, 64
-    data = inputs(args)
     sides = {"naive": naive, "rematerialised": partial(rematerialised, chunk=args.chunk),
              "lifted": partial(lifted, chunk=args.chunk)}
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
-    device = f"{jax.devices()[0].device_kind}, {platform.machine()}, {platform.processor() or 'cpu'}"
+    sides = {n: f for n, f in sides.items() if n in (args.only or sides)}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "only", "target")}
+    machine = f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores"
+    device = os.path.basename(args.target) if args.target else machine
     print(f"jax {jax.__version__} on {device}; {config}")
-    results, first = {}, None
-    for name in args.only or sides:
-        results[name], out = measure(sides[name], data, args.repeats)
+    results = compiled_temporaries(sides, args) if args.target else run(sides, args)
+    if args.out:
+        with open(args.out, "w") as f:
+            json.dump({"jax": jax.__version__, "device": device, "config": config, "results": results}, f, indent=1)
+
+
+def run(sides: dict[str, Callable[..., Array]], args: argparse.Namespace) -> dict[str, dict]:
+    """Measure the sides one after another, each against the first."""
+    data, results, first = inputs(args), {}, None
+    for name, fn in sides.items():
+        results[name], out = measure(fn, data, args.repeats)
         first = out if first is None else first
         results[name] |= {"difference": difference(out, first)}
         r, base = results[name], next(iter(results.values()))
@@ -136,9 +172,7 @@ def main() -> None:
               f"{r['cpu_seconds']:8.2f} s ({r['cpu_seconds'] / base['cpu_seconds']:.2f}x)   temporaries "
               f"{r['temp_gb']:6.2f} GB ({r['temp_gb'] / base['temp_gb']:.3f}x)   difference {r['difference']:.1e}",
               flush=True)
-    if args.out:
-        with open(args.out, "w") as f:
-            json.dump({"jax": jax.__version__, "device": device, "config": config, "results": results}, f, indent=1)
+    return results
 
 
 if __name__ == "__main__":
