@@ -14,10 +14,10 @@ from distill_jax.data.sources import Mix, Store
 from distill_jax.jobs.hardware import Device
 from distill_jax.models import families
 from distill_jax.models.config import ModelConfig
+from distill_jax.objective.memory import lift_bytes
 from distill_jax.recipe import Recipe, Stage, Student, resolve
 
 SIGNAL_BYTES = {"token": 1.0}  # per token; topk: see `_signal_bytes`
-CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,8 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
             memory["gradients"] += 4 * n + (compute * n if compute == 2 else 0)
         local = tokens / row_shards / stage.micro_batches
         memory["activations"] += local * _activation_bytes(c, provider, compute)
-        head_grad = 4 * c.vocab_size * c.hidden_size if provider.trainable else 0
-        memory["loss"] += CHUNK_TOKENS * c.vocab_size * 4 * 3 + head_grad
-        memory["loss"] += local * c.hidden_size * compute * 2
+        memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
+                                     trainable=provider.trainable)
     memory["batch"] = tokens / row_shards * (7 * 4 + sum(_signal_bytes(s) for s in source.signals) * 4)
     student = next(configs[n] for n, p in stage.providers.items() if p.trainable)
     return StagePlan(

@@ -11,9 +11,11 @@ def lift_bytes(*, tokens: int, vocab: int, width: int, chunk: int = CHUNK, items
     tokens     on this device
     itemsize   bytes of the compute dtype (2 for bf16)
     trainable  False for a frozen teacher: only its logits and its head
-    Per token of a chunk and vocabulary entry: float32 logits, their gradient in the compute dtype, and one byte of
-    membership in the kept ids. Per entry of the head: its copy in the compute dtype and the float32 gradient.
+    Per token of a chunk and vocabulary entry: float32 logits, their gradient in the compute dtype (in place when that
+    is float32), and one byte of membership in the kept ids. Per entry of the head: its copy in the compute dtype and
+    the float32 gradient.
     """
-    logits = chunk_size(tokens, chunk) * vocab * (4 + (itemsize + 1 if trainable else 0))
+    gradient = itemsize % 4 + 1 if trainable else 0
+    logits = chunk_size(tokens, chunk) * vocab * (4 + gradient)
     head = vocab * width * (itemsize + (4 if trainable else 0))
     return logits + head + (tokens * width * itemsize if trainable else 0)
