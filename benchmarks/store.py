@@ -203,7 +203,7 @@ def kl(store: TraceStore, signals: list[TopKRow]) -> float:
     total, count = 0.0, 0
     for given, got in zip(signals, store.signal("m1.0").read(range(len(signals)))):
         on = given.mask
-        assert got.tail is not None and np.array_equal(given.ids[on], got.ids[on])
+        assert isinstance(got, TopKRow) and got.tail is not None and np.array_equal(given.ids[on], got.ids[on])
         lp = given.logprobs[on].astype(np.float64)
         p, tail = np.exp(lp), np.maximum(1 - np.exp(lp).sum(1), 1e-12)
         total += float((p * (lp - got.logprobs[on])).sum() + (tail * np.log(tail / got.tail[on])).sum())
