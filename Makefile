@@ -13,9 +13,8 @@ quickstart:     ## the main job on a laptop CPU: teacher, traces, store, student
 	@launch/venv.sh
 	$(PY) -m distill_jax train configs/quickstart.py
 
-test: venv      ## linters, types and the test suite
+test: venv      ## linter and the test suite
 	$(PY) -m ruff check .
-	$(PY) -m pyright
 	$(PY) -m pytest -n $(JOBS)
 
 parity:         ## comparisons against transformers + torch
@@ -27,7 +26,7 @@ nightly: test parity  ## the slow tests, the long fault campaign, and the quicks
 	$(PY) -m distill_jax train configs/quickstart.py --set seed=1 --set name=quickstart-seed1
 	$(PY) -m distill_jax train configs/quickstart.py --set seed=2 --set name=quickstart-seed2
 
-lint: venv
+lint: venv      ## ruff and pyright
 	$(PY) -m ruff check . && $(PY) -m pyright
 
 clean:
