@@ -13,6 +13,7 @@ import typer
 
 COMMANDS: dict[str, str] = {
     "import": "distill_jax.cli.import_cmd:import_",
+    "generate": "distill_jax.cli.generate_cmd:generate",
     "score": "distill_jax.cli.score_cmd:score",
     "batch": "distill_jax.cli.batch_cmd:batch",
     "doctor": "distill_jax.cli.doctor_cmd:doctor",

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -65,13 +65,14 @@ def import_traces(job: ImportJob, ticker: Ticker | None = None) -> dict[str, Any
     with out, ticker, Checker(job.workers, job.timeout) as checker:
         tally = Tally(settings=header.extra["import"], formats={s.file: s.format.name for s in sources})
         journal = Journal(out.journal) if job.inputs.verify else None
-        _write(out, judged(sources, job.inputs, checker, journal), tok, tally, ticker)
+        write_candidates(out, judged(sources, job.inputs, checker, journal), tok, tally, ticker)
         if not tally.kept:
             raise ValueError(tally.nothing_kept())
         return out.publish(tally)
 
 
-def _write(out: "Output", candidates: Iterator[Candidate], tok: Tokenizer, tally: "Tally", ticker: Ticker) -> None:
+def write_candidates(out: "Output", candidates: Iterator[Candidate], tok: Tokenizer, tally: "Tally",
+                     ticker: Ticker) -> None:
     """Render and append what is kept. `seen` counts the traces that were to be kept, `bad` names those among them
     that could not be rendered; both are committed with each shard."""
     state = out.state
@@ -152,9 +153,14 @@ class Tally:
 
 
 class Output:
-    """The output folder: nothing appears in it before the first trace is kept but the journal of verdicts."""
+    """The output folder: nothing appears in it before the first trace is kept but the journal of verdicts.
 
-    def __init__(self, url: str, header: StoreHeader, shard_rows: int) -> None:
+    kind   entry of the header's `extra` that says what the store is made from
+    other  names of further files that the job itself puts there
+    """
+
+    def __init__(self, url: str, header: StoreHeader, shard_rows: int, kind: str = "import",
+                 other: Sequence[str] = ()) -> None:
         self.kv, self.header, self.shard_rows = Kv(url), header, shard_rows
         self.local = Path(self.kv.spec["path"]) if self.kv.spec["driver"] == "file" else None
         try:
@@ -163,9 +169,9 @@ class Output:
             self.store = None
         self.created = self.local is not None and not self.local.exists()
         if self.store is not None:
-            _same_import(self.store, header)
+            _same_inputs(self.store, header, kind)
         elif self.local is not None and self.local.exists():
-            others = sorted(p.name for p in self.local.iterdir() if p.name != VERDICTS)
+            others = sorted(p.name for p in self.local.iterdir() if p.name not in (VERDICTS, *other))
             if others:
                 raise ValueError(f"{url} is not empty and holds no trace store ({', '.join(others[:4])}); "
                                  "name another --out")
@@ -229,16 +235,16 @@ class Output:
                     self.local.rmdir()
 
 
-def _same_import(store: TraceStore, header: StoreHeader) -> None:
+def _same_inputs(store: TraceStore, header: StoreHeader, kind: str) -> None:
     """Raises ValueError that says what differs if the store there was made from something else."""
     old, new = store.header, header
-    if "import" not in old.extra:
-        raise ValueError(f"{store.url} holds a store that was not made by an import; name another --out")
-    a, b = old.extra["import"], json.loads(json.dumps(new.extra["import"]))
+    if kind not in old.extra:
+        raise ValueError(f"{store.url} holds a store that was not made by {kind}; name another --out")
+    a, b = old.extra[kind], json.loads(json.dumps(new.extra[kind]))
     changed = [f"{k}: {_brief(a.get(k))} there, {_brief(b[k])} now" for k in b if a.get(k) != b[k]]
     changed += [k for k in ("tokenizer", "template") if json.loads(json.dumps(getattr(new, k))) != getattr(old, k)]
     if changed:
-        raise ValueError(f"{store.url} holds another import ({'; '.join(changed)}); name another --out")
+        raise ValueError(f"{store.url} holds the result of another {kind} ({'; '.join(changed)}); name another --out")
 
 
 def _brief(value: Any) -> str:
