@@ -44,10 +44,11 @@ def generate(
     from distill_jax.jobs.generate import generate as run
     from distill_jax.jobs.questions import QuestionSet
 
+    server = EngineSpec(url=engine, model=engine_model, api_key_env=api_key_env, parallel=parallel) if engine else None
     job = GenerateJob(
         questions=QuestionSet(source=questions, maps=tuple(map_ or ()), joins=tuple(join or ()), limit=max_questions),
         out=out, teacher=teacher, tokenizer=tokenizer, n=n, seed=seed, batch_size=batch_size, dtype=dtype,
-        engine=EngineSpec(url=engine, model=engine_model, api_key_env=api_key_env, parallel=parallel) if engine else None,
+        engine=server,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                           max_new_tokens=max_new_tokens),
         keeping=Keeping(verify=verify, keep=keep))

@@ -47,8 +47,9 @@ def assemble(trace: Trace, chunks: Sequence[Chunk], encoded: Sequence[tuple[np.n
 def from_sampled(trace: Trace, tok: Tokenizer, chunks: Sequence[Chunk]) -> Row:
     """The row of `trace.encoded`: its ids as they were sampled, with roles and spans from the rendered `chunks`.
 
-    Sampled ids need not be the ids the text encodes to, and their text need not be the rendered one to the byte:
-    segments are then looked up in it. Ids marked as injected get role INJECTED where they would be supervised.
+    Where the text encodes to the sampled ids, this is the row that `render` makes of the text. It need not, and the
+    text of the ids need not be the rendered one to the byte: segments are then looked up in it.
+    Ids marked as injected get role INJECTED where they would be supervised.
     """
     e = trace.encoded
     assert e is not None
@@ -57,11 +58,18 @@ def from_sampled(trace: Trace, tok: Tokenizer, chunks: Sequence[Chunk]) -> Row:
     if len(chunks) == 1:
         prompt, written = [], list(chunks)
     encoded, fitted = [], []
+    added = set(tok.info()["added"].values())
     for part, want in ((ids[:e.prompt_length], prompt), (ids[e.prompt_length:], written)):
-        raw = [tok.token_bytes(i) for i in part]
         chunk = _joined(want)
-        if raw and b"".join(raw) == b" " + chunk.raw:  # the blank sentencepiece writes in front by itself
-            raw[0] = raw[0][1:]
+        same, spans = tok.encode(chunk.text, continues=bool(encoded))
+        if np.array_equal(same, part):
+            encoded.append((part, spans))
+            fitted.append(chunk)
+            continue
+        raw = [tok.token_bytes(i) for i in part]
+        for t, token in enumerate(raw):  # the blank that sentencepiece puts in front by itself
+            if tok.adds_blank and token.startswith(b" ") and (part[t - 1] in added if t else not encoded):
+                raw[t] = token[1:]
         encoded.append((part, from_lengths(np.array([len(b) for b in raw], np.int64))))
         fitted.append(_fit(chunk, b"".join(raw)))
     row = assemble(trace, fitted, encoded)

@@ -86,7 +86,7 @@ class Tokenizer:
         Special tokens written in the text are recognised; none are added. `continues`: the text stands behind
         another one, so a blank it starts with is the one a sentencepiece model would put there by itself.
         """
-        if continues and self._adds_blank and text.startswith(" "):
+        if continues and self.adds_blank and text.startswith(" "):
             ids, spans = self.backend.encode(text[1:])
             spans = spans + 1
             if len(spans):
@@ -99,7 +99,8 @@ class Tokenizer:
         return self.backend.encode_many(texts)
 
     @cached_property
-    def _adds_blank(self) -> bool:
+    def adds_blank(self) -> bool:
+        """Whether a blank that is not in the text is put before it, and behind added tokens (sentencepiece)."""
         first = self.backend.encode("a")[0]
         return len(first) > 0 and self.backend.token_bytes(int(first[0])).startswith(b" ")
 

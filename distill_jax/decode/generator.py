@@ -50,7 +50,7 @@ def power_of_two(n: int) -> int:
 @cache
 def _compiled(mesh: Mesh | None) -> Any:
     """The jitted loop. Under a mesh its results are replicated, so that every process can read them."""
-    outs = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
+    outs: dict[str, Any] = {} if mesh is None else {"out_shardings": NamedSharding(mesh, PartitionSpec())}
     return jax.jit(decode, static_argnames=("model", "sampling"), **outs)
 
 

@@ -21,7 +21,7 @@ from distill_jax.data.render import prompt_ids
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.decode import Generator, Sampling
 from distill_jax.jobs.import_rows import KEEP, Candidate, refusal
-from distill_jax.jobs.import_traces import VERDICTS, Output, Tally, write_candidates
+from distill_jax.jobs.import_traces import Output, Tally, write_candidates
 from distill_jax.jobs.progress import Ticker
 from distill_jax.jobs.questions import Asked, QuestionSet, identity, of_traces
 from distill_jax.jobs.score import fingerprint
@@ -36,7 +36,7 @@ from distill_jax.traces.store.kv import Kv
 from distill_jax.traces.store.rows import decode_document, encode_document
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED, Trace
 
-SAMPLES, SETTINGS = "samples", "samples.json"
+SAMPLES, SETTINGS = "samples", "samples/settings.json"
 DEFECTS = (FLAG_UNTERMINATED, FLAG_TRUNCATED, FLAG_EMPTY_ANSWER)
 Progress = Callable[[int], None]
 
@@ -200,7 +200,7 @@ def _generate_store(out: str, rows: Sequence[Asked], teacher: Teacher, tok: Toke
     made_from = {"questions": identity(source, asked), **teacher.identity}
     settings = {**made_from, "verify": keeping.verify, "keep": keeping.keep, "rules": RULES}
     header = store_header(tok, generate=settings)
-    output = Output(out, header, keeping.shard_rows, "generate", (VERDICTS, SAMPLES, SETTINGS))
+    output = Output(out, header, keeping.shard_rows, "generate", (SAMPLES,))
     ticker = ticker or Ticker("generate", len(asked))
     finished = output.finished()
     if finished is not None:
@@ -248,7 +248,6 @@ class _Samples:
 
     def forget(self) -> None:
         self.kv.delete(f"{SAMPLES}/")
-        self.kv.delete(SETTINGS)
 
 
 def _pack(sample: Trace | Reject) -> bytes:

@@ -82,7 +82,7 @@ def completed(question: Trace, prompt: np.ndarray, completion: Completion, tok: 
     flags = []
     if CLOSE not in text and (opened or text.lstrip().startswith(OPEN)):
         flags.append(FLAG_UNTERMINATED)
-    elif not answer.strip():
+    if not answer.strip():
         flags.append(FLAG_EMPTY_ANSWER)
     if completion.finish == "length":
         flags.append(FLAG_TRUNCATED)
@@ -90,9 +90,10 @@ def completed(question: Trace, prompt: np.ndarray, completion: Completion, tok: 
     segments = [Segment(role=THINK, text=thinking, turn=turn)] if thinking else []
     if answer or not segments:
         segments.append(Segment(role=ANSWER, text=answer, turn=turn))
+    mean = float(completion.logprobs.sum(dtype=np.float64)) / max(1, len(completion.ids))
     logprobs = np.concatenate([np.zeros(len(prompt), np.float32), completion.behaviour])
     encoded = Encoded(tokenizer=tok.hash, ids=np.concatenate([prompt, completion.ids]).astype(np.int32),
                       prompt_length=len(prompt), logprobs=logprobs)
     return Trace(segments=(*question.segments, *segments), gold=question.gold, group=question.group,
                  meta=question.meta, flags=tuple(flags), encoded=encoded, provenance=provenance,
-                 scores={"mean_logprob": float(np.mean(completion.logprobs, dtype=np.float64))})
+                 scores={"mean_logprob": mean})

@@ -219,7 +219,7 @@ def _spread(values: np.ndarray, mask: np.ndarray, empty: Any) -> np.ndarray:
 
 @cache
 def _compiled(mesh: Mesh | None) -> Any:
-    outs = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}
+    outs: dict[str, Any] = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}
     return jax.jit(_score, static_argnames=("model", "k", "chunk", "real", "mesh"), **outs)
 
 

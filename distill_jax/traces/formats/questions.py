@@ -49,13 +49,14 @@ def question_of(row: Row, fields: Fields, source: str, index: int) -> Trace:
             messages = [{"role": "system", "content": system}, *messages]
         return prompt_only(chat_trace(messages, Sample(text=""), facts, Style()))
     row = merge_question(row)
-    asked = fields.path(row, "question")
-    if asked is None:
+    asked, question = fields.path(row, "question"), fields.get(row, "question")
+    if asked is None or question is None:
         raise Reject("no_question", f"fields: {', '.join(map(str, row))}")
     layout = find_layout(row, fields)
     used = (asked, *(layout.paths if layout is not None else ()))
-    facts = row_facts(row, fields, source, index, layout.response[0] if layout is not None else None, used)
-    prompt = prompt_segments(as_text(fields.get(row, "question")), as_text(fields.get(row, "system") or ""))
+    response = None if layout is None or layout.reference else layout.response[0]
+    facts = row_facts(row, fields, source, index, response, used)
+    prompt = prompt_segments(as_text(question), as_text(fields.get(row, "system") or ""))
     return Trace(segments=tuple(prompt), gold=facts.gold, meta=facts.meta,
                  provenance=Provenance(source=source, row=index))
 
