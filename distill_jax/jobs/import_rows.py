@@ -117,6 +117,9 @@ class Source:
             except Reject as e:
                 yield replace(at, rejected=e.reason, detail=e.detail)
                 continue
+            except (TypeError, AttributeError, LookupError, RecursionError) as e:  # one odd row must not end the import
+                yield replace(at, rejected="malformed_row", detail=repr(e))
+                continue
             for n, record in enumerate(found):
                 here = replace(at, sample=n)
                 if isinstance(record, Reject):

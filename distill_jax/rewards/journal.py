@@ -30,8 +30,10 @@ class Journal:
         whole = 0
         with open(self.path, "rb") as f:
             for line in f:
+                if not line.endswith(b"\n"):
+                    break
                 try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
+                    entry = json.loads(line)
                     self._known[entry["key"]] = Verdict(**entry["verdict"])
                 except (ValueError, TypeError, KeyError):
                     break

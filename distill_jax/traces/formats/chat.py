@@ -8,7 +8,7 @@ from typing import Any
 from distill_jax.core.roles import ANSWER, QUESTION, SYSTEM, THINK, TOOL, TOOL_CALL, Role
 from distill_jax.traces.formats.base import Sample, Style, is_cut, only_traces, written_segments
 from distill_jax.traces.formats.facts import RowFacts, row_facts, source_verdict
-from distill_jax.traces.formats.fields import Fields, lookup
+from distill_jax.traces.formats.fields import NAMES, Fields, lookup
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.text import Reject, as_text
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_MISSING_OPEN, FLAG_TRUNCATED, Provenance, Segment, Trace
@@ -64,12 +64,12 @@ class ChatFormat:
 def conversation(row: Row, fields: Fields) -> tuple[str | None, list[dict[str, Any]]]:
     """(path, messages) of a row; of several such fields the known names first. (None, []) where there are none."""
     known = fields.path(row, "messages")
-    prompt = fields.path(row, "question")  # a prompt written as messages, with a completion beside it
-    for path in (known, prompt, *row):
+    for path in (known, *row):
         value = lookup(row, path) if path is not None else None
         if path is not None and isinstance(value, list) and value and all(
                 isinstance(m, dict) and speaker(m) is not None for m in value):
-            completion = fields.get(row, "response") if path == prompt != known else None
+            prompt = path != known and path.lower() in NAMES["question"]  # with a completion beside it
+            completion = fields.get(row, "response") if prompt else None
             if isinstance(completion, str):
                 return path, [*value, {"role": "assistant", "content": completion}]
             if isinstance(completion, list) and completion and all(isinstance(m, dict) for m in completion):
@@ -98,6 +98,8 @@ def speaker(message: dict[str, Any]) -> Role | None:
 
 def chat_trace(messages: list[dict[str, Any]], sample: Sample, facts: RowFacts, style: Style) -> Trace:
     """Segments turn by turn. What follows the last written message supervises nothing and is left out, counted."""
+    if not all(isinstance(m, dict) for m in messages):
+        raise Reject("malformed_message", str([m for m in messages if not isinstance(m, dict)])[:40])
     written = [i for i, m in enumerate(messages) if speaker(m) in WRITTEN]
     if not written:
         raise Reject("no_assistant_turn", f"roles: {[m.get('role', m.get('from')) for m in messages]}")
@@ -146,9 +148,7 @@ def written_turn(message: dict[str, Any], sample: Sample, style: Style, turn: in
     thoughts = [t for kind, t in pieces if kind is THINK]
     apart = next((message[k] for k in ("reasoning_content", "reasoning", "thinking")
                   if isinstance(message.get(k), str) and message[k]), None)
-    calls = [t for kind, t in pieces if kind is TOOL_CALL] + [call_text(c) for c in message.get("tool_calls") or ()]
-    if isinstance(message.get("function_call"), dict):
-        calls.append(call_text(message["function_call"]))
+    calls = [t for kind, t in pieces if kind is TOOL_CALL] + [call_text(c) for c in called(message)]
     thinking = "\n\n".join(thoughts) if thoughts else apart
     finish = sample.finish or as_text(message.get("finish_reason") or "")
     turn_sample = Sample(text=text, thinking=thinking, finish=finish)
@@ -185,7 +185,19 @@ def parts(message: dict[str, Any]) -> Iterator[tuple[Role, str]]:
 def last_text(messages: list[dict[str, Any]]) -> str:
     """Text of the last written message, for a look at its style."""
     written = [m for m in messages if speaker(m) is ANSWER]
-    return "".join(text for kind, text in parts(written[-1]) if kind is ANSWER) if written else ""
+    try:
+        return "".join(text for kind, text in parts(written[-1]) if kind is ANSWER) if written else ""
+    except Reject:
+        return ""
+
+
+def called(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tool calls kept beside the content."""
+    calls = message.get("tool_calls") or message.get("function_call") or []
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not all(isinstance(c, dict) for c in calls):
+        raise Reject("unsupported_part", f"tool calls {str(calls)[:40]}")
+    return calls
 
 
 def call_text(call: dict[str, Any]) -> str:

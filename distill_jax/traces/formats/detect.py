@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import Any
 
 from distill_jax.traces.formats.base import Format, Sample, Style
-from distill_jax.traces.formats.chat import ChatFormat, conversation, last_text
+from distill_jax.traces.formats.chat import WRITTEN, ChatFormat, conversation, last_text, speaker
 from distill_jax.traces.formats.facts import find_gold
 from distill_jax.traces.formats.fields import Fields, blank, lookup
 from distill_jax.traces.formats.layout import Layout, common_layout, samples
@@ -32,10 +33,10 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     if nowhere:
         raise ValueError(f"{where}: --map {' '.join(nowhere)} leads nowhere in the first {len(first)} rows; fields of "
                          f"the first row: {', '.join(map(str, first[0]))}")
-    chats = [c for row in first if (c := conversation(row, fields))[0] is not None]
+    chats = [c for row in first if (c := written_conversation(row, fields))]
     if 2 * len(chats) >= len(first) and "response" not in fields.mapped:
-        name = "sharegpt" if any("from" in m for m in chats[0][1]) else "messages"
-        return ChatFormat(name=name, fields=fields, style=style_of([last_text(messages) for _, messages in chats]))
+        name = "sharegpt" if any("from" in m for m in chats[0]) else "messages"
+        return ChatFormat(name=name, fields=fields, style=style_of([last_text(messages) for messages in chats]))
     merged = [merge_question(row) for row in first]
     asked = [row for row in merged if fields.get(row, "question") is not None]
     layout = common_layout(asked, fields)
@@ -47,6 +48,13 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     found = [s for row in asked if layout.fits(row) for s in samples(row, layout, pinned)]
     return RowFormat(name=name_of(layout, found, asked[0]), fields=pinned, layout=layout,
                      style=style_of([s.text for s in found if s.thinking is None]))
+
+
+def written_conversation(row: Row, fields: Fields) -> list[dict[str, Any]]:
+    """The messages of a row in which a model speaks; [] for any other row."""
+    messages = conversation(row, fields)[1]
+    speaks = {"chosen", "rejected"} <= row.keys() or any(speaker(m) in WRITTEN for m in messages)
+    return messages if speaks else []
 
 
 def most(paths: Sequence[str | None]) -> str | None:
@@ -71,6 +79,8 @@ def name_of(layout: Layout, found: Sequence[Sample], row: Row) -> str:
     text = found[0].text if found else ""
     if layout.kind == "pair":
         return "chosen and rejected"
+    if layout.reference and layout.thinking is None and "\n#### " not in text:
+        return "question and reference answer"
     if len(found) > 1 and isinstance(row.get(layout.response[0]), list | dict):
         return "several answers per question"
     if layout.thinking is not None:
@@ -79,8 +89,6 @@ def name_of(layout: Layout, found: Sequence[Sample], row: Row) -> str:
         return "tagged thinking"
     if "\n#### " in text:
         return "gsm8k"
-    if layout.reference:
-        return "question and reference answer"
     return "alpaca" if any(str(k).lower() == "instruction" for k in row) else "prompt and completion"
 
 
@@ -88,10 +96,13 @@ def explain(row: Row, fields: Fields, where: str, has_question: bool) -> str:
     """One line on why these rows are no traces, with the option that would make them so."""
     seen = ", ".join(map(str, row)) or "none"
     if has_question:
-        texts = [str(k) for k, v in row.items() if isinstance(v, str) and k != fields.path(row, "question")]
+        texts = {str(k): v for k, v in row.items() if isinstance(v, str) and k != fields.path(row, "question")}
         return (f"{where}: found a question but nothing anyone answered (fields: {seen}); name the answer with "
-                f"--map response={texts[-1] if texts else 'FIELD'}, or take it from another file with "
-                "--join FILE:KEY=ROW_KEY")
+                f"--map response={max(texts, key=lambda k: len(texts[k])) if texts else 'FIELD'}, or take it from "
+                "another file with --join FILE:KEY=ROW_KEY")
+    path = conversation(row, fields)[0]
+    if path is not None:
+        return f"{where}: the conversations in {path!r} hold no assistant turn (fields: {seen}); nothing to learn from"
     key = fields.path(row, "id")
     return (f"{where}: found no question (fields: {seen}); name it with --map question=FIELD, or take it from "
             f"another file with --join FILE:{'id=' + key if key else 'KEY=ROW_KEY'}")

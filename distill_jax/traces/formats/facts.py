@@ -10,7 +10,7 @@ from distill_jax.traces.formats.fields import SAMPLING, Fields, blank, lookup, s
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.text import as_text, final_answer, last_boxed
 
-REFERENCE = ("answer", "answers", "solution", "target", "label", "correct", "canonical_solution")
+REFERENCE = ("answer", "answers", "solution", "target", "label", "correct")
 """Fields that hold a reference answer even where it is also the text to train on: their own end is the gold."""
 
 MAX_GOLD = 200  # characters; a longer reference without a recognisable end is no answer to compare with

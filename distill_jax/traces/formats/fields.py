@@ -90,10 +90,14 @@ def fits(what: str, name: str, value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(x, dict) for x in value)
     if what == "correct":
         return isinstance(value, bool | int | float) or (isinstance(value, list) and fits(what, name, value[0]))
+    if what == "question":
+        return isinstance(value, str)
+    if isinstance(value, list) and what in ("response", "thinking", "rationale", "gold"):
+        return all(isinstance(x, str if what != "response" else str | dict) for x in value)
     if what == "response":  # a program in `code` is a rationale, a list of them are samples
         return not (name == "code" and isinstance(value, str))
-    if what in ("question", "thinking", "rationale"):
-        return isinstance(value, str | list)
+    if what in ("thinking", "rationale"):
+        return isinstance(value, str)
     if what == "gold":
         return isinstance(value, str) if name == "correct" else not isinstance(value, dict)
     return what in ("golds", "tools") or not isinstance(value, dict)

@@ -57,18 +57,18 @@ def merge_question(row: Row) -> Row:
         parts = {"thinking": steps.strip(), "answer": answer.strip()} if mark else {"answer": rest.strip()}
         return {k: v for k, v in row.items() if k != "text"} | {"question": question} | parts
     lower = {k.lower(): k for k in row if isinstance(k, str)}
-    get = lambda name: row.get(lower.get(name, ""))
-    question = get("question")
+    texts = {name: row[key] for name, key in lower.items() if isinstance(row[key], str)}
+    question = texts.get("question")
     for before in ("body", "passage"):
-        if isinstance(get(before), str) and isinstance(question, str):
-            question = f"{get(before).rstrip()} {question}"
+        if before in texts and question is not None:
+            question = f"{texts[before].rstrip()} {question}"
             spent = (lower[before], lower["question"])
             row = {k: v for k, v in row.items() if k not in spent} | {"question": question}
-    if isinstance(get("instruction"), str) and isinstance(get("input"), str) and get("input"):
+            lower["question"] = "question"
+    if "instruction" in texts and texts.get("input"):
         row = {k: v for k, v in row.items() if k != lower["input"]} | {
-            lower["instruction"]: f"{get('instruction')}\n{get('input')}"}
+            lower["instruction"]: f"{texts['instruction']}\n{texts['input']}"}
     options = row.get("options")
-    listed = isinstance(options, list) and options and all(isinstance(o, str) for o in options)
-    if listed and isinstance(question, str) and options[0] not in question:
-        row = {**row, lower["question"]: "\n".join([question, *options])}
+    if question is not None and isinstance(options, list) and options and all(isinstance(o, str) for o in options):
+        row = row if options[0] in question else {**row, lower["question"]: "\n".join([question, *options])}
     return row

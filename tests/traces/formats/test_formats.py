@@ -217,10 +217,11 @@ def test_prompt_as_messages_with_a_completion_and_an_api_response():
     ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], "empty_response"),
 ])
 def test_conversations_without_a_trace(messages, reason):
-    (r,) = run({"messages": messages})
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    _, r = run([good, {"messages": messages}])
     assert r.reason == reason
     with pytest.raises(Reject):
-        detect([{"messages": messages}]).traces({"messages": messages}, "f", 0)
+        detect([good]).traces({"messages": messages}, "f", 0)
 
 
 def test_map_makes_a_trace_of_unknown_fields():
@@ -231,6 +232,7 @@ def test_map_makes_a_trace_of_unknown_fields():
 
 @pytest.mark.parametrize("row,maps,message", [
     ({"a": "x", "item_id": 3}, (), "found no question .*--join FILE:id=item_id"),
+    ({"messages": [{"role": "user", "content": "q"}]}, (), "hold no assistant turn"),
     ({"question": "q", "other": "x"}, (), "nothing anyone answered .*--map response=other"),
     ({"question": "q", "other": "x"}, ("response=nowhere",), "--map response=nowhere leads nowhere"),
 ])
