@@ -63,6 +63,7 @@ def token_map(source: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarra
     for content, token in source["added"].items():
         out[token] = target["added"].get(content, -1)
     if source["eos"] and target["eos"]:
+        out[out == target["eos"][0]] = -1  # one source id for each target id
         out[source["eos"][0]] = target["eos"][0]
     return out
 

@@ -8,7 +8,7 @@ as long as nothing was kept. The randomness of a sample depends on `--seed`, its
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,7 +184,7 @@ def _load_teacher(job: GenerateJob, mesh: Mesh | None) -> tuple[ModelTeacher, To
     return teacher, load_tokenizer(job.tokenizer) if job.tokenizer else own
 
 
-def generate_store(out: str, questions: Sequence[Trace], teacher: Teacher, tok: Tokenizer,
+def generate_store(out: str, questions: Iterable[Trace], teacher: Teacher, tok: Tokenizer,
                    keeping: Keeping = Keeping(), *, ticker: Ticker | None = None) -> dict[str, Any]:
     """Let `teacher` answer questions (traces; what somebody wrote there is not looked at) and write what is kept to
     the store `out`, rendered for `tok`. Returns the summary; the same call continues, or finds it finished.

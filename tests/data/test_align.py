@@ -111,3 +111,11 @@ def test_real_pair_r1_distill_to_qwen(load, tmp_path):
         assert share > 0.95 and index[-1] == len(source.tokens) - 1
         for role in (THINK, ANSWER):
             assert (index[(target.roles == role) & (target.parts >= 0)] >= 0).mean() > 0.97
+
+
+def test_no_two_outcomes_become_one(tiny):
+    """A teacher that ends turns with a token of its own, and has the student's end token besides."""
+    end = tiny.eos_ids[0]
+    source = tiny.info() | {"hash": "other", "eos": [end - 1]}
+    mapping = align.token_map(source, tiny.info())
+    assert mapping[end - 1] == end and mapping[end] == -1

@@ -9,6 +9,9 @@ from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.decode import Sampling
 from distill_jax.jobs import generate as job
 from distill_jax.jobs.generate import Keeping, ModelTeacher, generate_store
+from distill_jax.jobs.run_recipe import run_recipe
+from distill_jax.jobs.write_store import write_store
+from distill_jax.recipe import Generate, Recipe, Score
 from distill_jax.rollout import generation
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.world.generate import WorldSpec, traces
@@ -113,6 +116,22 @@ def test_prompts_that_do_not_fit(tok, tmp_path):
     assert summary["rejected"] == {"prompt_too_long": 2} and summary["kept"] == 3
     rejects = [json.loads(x) for x in (tmp_path / "s" / "rejects.jsonl").read_text().splitlines()]
     assert [r["row_number"] for r in rejects] == [3, 4] and "--max-new-tokens" in rejects[0]["detail"]
+
+
+def test_stages_of_a_recipe(tok, tmp_path):
+    """Questions of a store -> traces -> their signal; started again, nothing is done twice."""
+    folder = str(teacher_folder(tmp_path / "teacher", tok))
+    write_store(str(tmp_path / "questions"), questions(6), tok)
+    recipe = Recipe(name="r", runs=str(tmp_path / "runs"), stages=(
+        Generate(teacher=folder, questions=str(tmp_path / "questions"), keep="all", batch_size=4,
+                 sampling=Sampling(temperature=1.0, max_new_tokens=6)),
+        Score(store="stage:generate/store", teacher=folder, signal="topk:4", batch_tokens=256)))
+    lines: list[str] = []
+    assert run_recipe(recipe, lines.append) and run_recipe(recipe, lines.append)
+    assert "6 traces kept" in "\n".join(lines) and lines[-1].startswith("[score] done")
+    store = TraceStore.open(str(tmp_path / "runs" / "r" / "generate" / "store"))
+    assert len(store) == len(store.signal("topk4")) == 6
+    assert json.loads((tmp_path / "runs" / "r" / "generate" / "done.json").read_text())["result"]["kept"] == 6
 
 
 def run(capsys, *args) -> tuple[int, str]:
