@@ -28,7 +28,7 @@ class Checkpoints:
     """The checkpoints of one training stage in `folder` (a path or URL), the newest `keep` of them."""
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+        self.folder: Any = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
         self._manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True))

@@ -189,7 +189,7 @@ class _Loop:
         """Write the batch of `step` to disk; -> what to tell the user."""
         path = self.run.folder / f"bad_batch_{step}.npz"
         if jax.process_index() == 0:
-            arrays = {name: np.asarray(x) for name, x in tree.paths(self.source.batch(step))}
+            arrays: dict[str, Any] = {name: np.asarray(x) for name, x in tree.paths(self.source.batch(step))}
             np.savez_compressed(path, **arrays)
         return (f"{self.bad_in_a_row} updates in a row had a loss or gradient that is not finite, the last at update "
                 f"{step}; its batch is in {path}. Parameters are those before the first of them. Lower the peak "

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -132,10 +132,12 @@ class TensorBoard:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        events: Any = event_pb2  # generated modules: their classes are made at import
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         self._writer = EventFileWriter(str(folder), flush_secs=30)
         if since:  # tells TensorBoard to forget what an interrupted run wrote beyond this step
-            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            log = events.SessionLog(status=events.SessionLog.START)
             self._writer.add_event(self._event(wall_time=time.time(), step=since + 1, session_log=log))
 
     def write(self, step: int, values: Values) -> None:

@@ -105,7 +105,7 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
 def make_evaluation(config: StepConfig) -> Callable[..., Tree]:
     """jitted `evaluate(params, frozen, batch, step, controllers) -> {term: RoleSums}` of one batch, no update."""
 
-    def evaluate(params: Params, frozen: Params, batch: Batch, step: Array, controllers: Mapping[str, Tree]) -> Tree:
+    def evaluate(params: Params, frozen: Params, batch: Batch, step: Array, controllers: dict[str, Tree]) -> Tree:
         weights = config.objective.weights(batch, step, controllers)
         sources = _sources(config, {**frozen, **params}, batch)
         return config.objective.loss(sources, batch, weights, config.objective.dynamic(step, controllers),
@@ -123,7 +123,7 @@ def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., t
     """
     objective, trained = config.objective, tuple(config.optimizers)
 
-    def gradient(params: Params, frozen: Params, batch: Batch, step: Array, controllers: Mapping[str, Tree],
+    def gradient(params: Params, frozen: Params, batch: Batch, step: Array, controllers: dict[str, Tree],
                  ) -> tuple[dict[str, Tree], Metrics]:
         weights, dynamic = objective.weights(batch, step, controllers), objective.dynamic(step, controllers)
 

@@ -69,8 +69,8 @@ def _terms(steps: list[dict[str, Any]]) -> dict[str, float]:
     """{"kd": mean over all roles, "kd/think": ...} of {term: RoleSums} a step; roles never seen are left out."""
     out: dict[str, float] = {}
     for name in steps[0] if steps else ():
-        total = np.sum([s[name].sum for s in steps], axis=0, dtype=np.float64)
-        count = np.sum([s[name].count for s in steps], axis=0, dtype=np.float64)
+        total: Any = np.sum([s[name].sum for s in steps], axis=0, dtype=np.float64)
+        count: Any = np.sum([s[name].count for s in steps], axis=0, dtype=np.float64)
         out[name] = _ratio(total.sum(), count.sum())
         out |= {f"{name}/{r.name.lower()}": total[r] / count[r] for r in Role if count[r] > 0}
     return out
