@@ -53,3 +53,19 @@ def random_token_signal(rng, shape):
 def rel(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return np.linalg.norm(a - b) / max(1e-30, np.linalg.norm(b))
+
+
+def arrays(jaxpr):
+    """Shapes of every array in a jaxpr and in all jaxprs inside it (scan, while, shard_map, custom_vjp, ...)."""
+    for eqn in jaxpr.eqns:
+        for var in [*eqn.invars, *eqn.outvars]:
+            yield eqn.primitive.name, getattr(var.aval, "shape", ())
+        for param in eqn.params.values():
+            for sub in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                inner = getattr(sub, "jaxpr", sub)
+                if hasattr(inner, "eqns"):
+                    yield from arrays(inner)
+
+
+def big_arrays(fn, *args, size):
+    return [(name, shape) for name, shape in arrays(jax.make_jaxpr(fn)(*args).jaxpr) if np.prod(shape) >= size]

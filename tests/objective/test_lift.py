@@ -12,7 +12,7 @@ from distill_jax.losses.rows.logprob import entropy
 from distill_jax.losses.rows.taid import taid
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.lift import lift_sum, lift_tokens
-from tests.objective.dense import dense_total, random_head, random_token_signal, random_topk, rel
+from tests.objective.dense import arrays, big_arrays, dense_total, random_head, random_token_signal, random_topk, rel
 
 B, T, D, V = 3, 13, 8, 37
 
@@ -71,22 +71,6 @@ def test_float64_is_kept(case):
         lifted = jax.jit(jax.value_and_grad(lambda s: lift_sum(s, terms, weights, chunk=8, **kw)[0]))(sources)
         for a, b in zip(jax.tree.leaves(lifted), jax.tree.leaves(dense), strict=True):
             assert a.dtype == jnp.float64 and rel(a, b) < 1e-11
-
-
-def arrays(jaxpr):
-    """Shapes of every array in a jaxpr and in all jaxprs inside it (scan, while, shard_map, custom_vjp, ...)."""
-    for eqn in jaxpr.eqns:
-        for var in [*eqn.invars, *eqn.outvars]:
-            yield eqn.primitive.name, getattr(var.aval, "shape", ())
-        for param in eqn.params.values():
-            for sub in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-                inner = getattr(sub, "jaxpr", sub)
-                if hasattr(inner, "eqns"):
-                    yield from arrays(inner)
-
-
-def big_arrays(fn, *args, size):
-    return [(name, shape) for name, shape in arrays(jax.make_jaxpr(fn)(*args).jaxpr) if np.prod(shape) >= size]
 
 
 def test_no_array_of_all_logits(case):

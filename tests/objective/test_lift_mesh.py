@@ -14,7 +14,7 @@ from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.lift import lift_sum, lift_tokens
-from tests.objective.dense import random_head, random_topk, rel
+from tests.objective.dense import big_arrays, random_head, random_topk, rel
 
 B, T, D, V = 4, 16, 8, 40
 
@@ -83,6 +83,16 @@ def test_lift_tokens_on_a_mesh():
     want, got = grads(None), grads(mesh_of((2, 2, 2), ("data", "fsdp", "tensor")))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert rel(a, b) < 1e-6
+
+
+def test_no_array_of_a_devices_logits():
+    """Inside `shard_map` shapes are those of one device: not even its own share of the logits is ever whole."""
+    b, t, vocab, chunk = 8, 64, 20 * D, 8  # the global hidden states are smaller than one device's logits
+    mesh = mesh_of((2, 2, 2), ("data", "fsdp", "tensor"))
+    program = step(mesh, chunk)
+    case = make(b=b, t=t, vocab=vocab)
+    assert not big_arrays(program, *case, size=b * t * vocab // mesh.size)
+    assert big_arrays(program, *case, size=chunk * vocab), "the walk must reach the chunk's logits"
 
 
 COLLECTIVE = re.compile(r"= (\(?[a-z0-9]+\[.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
