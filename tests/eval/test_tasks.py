@@ -45,7 +45,8 @@ def test_multidoc_positions_and_settings():
     for i in items:
         docs = i.question.split(" ask ")[0].removeprefix("doc ").split(" doc ")
         if i.axes["setting"] == "all":
-            assert docs[i.axes["position"]].endswith(f"grows {i.golds[0]}")
+            said = docs[i.axes["position"]]
+            assert said.startswith("grows ") and said.endswith(f" {i.golds[0]}")
         elif i.axes["setting"] == "gold":
             assert len(docs) == 2 and i.golds[0] in i.question
         else:
