@@ -30,7 +30,7 @@ from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import RULES, Journal
 from distill_jax.rewards.verify import verify
 from distill_jax.rollout.engine import Engine, engine_traces
-from distill_jax.rollout.generation import sample_traces, with_stops
+from distill_jax.rollout.generation import sample_traces, with_real_ids, with_stops
 from distill_jax.traces.formats import Reject
 from distill_jax.traces.store.kv import Kv
 from distill_jax.traces.store.rows import decode_document, encode_document
@@ -62,7 +62,7 @@ class ModelTeacher:
 
     def __init__(self, model: Any, params: Any, tok: Tokenizer, sampling: Sampling, *, n: int = 1, seed: int = 0,
                  name: str = "", batch_size: int = 256, mesh: Mesh | None = None) -> None:
-        self.generator = Generator(model, params, batch_size=batch_size, mesh=mesh)
+        self.generator = Generator(with_real_ids(model, tok), params, batch_size=batch_size, mesh=mesh)
         self.tok, self.sampling, self.n, self.seed, self.name = tok, with_stops(sampling, tok), n, seed, name
         self.unit = max(1, 4 * batch_size // n)
         self.identity = {"teacher": name, "fingerprint": fingerprint(params), "tokenizer": tok.hash,

@@ -35,7 +35,7 @@ def generate_traces(model: Any, params: Any, tok: Tokenizer, questions: Sequence
     seed       with question and sample number it decides the randomness of a trace, whatever else is asked
     Nothing is verified. Raises ValueError for a prompt that does not fit the context.
     """
-    generator = Generator(model, params, batch_size=batch_size, mesh=mesh)
+    generator = Generator(with_real_ids(model, tok), params, batch_size=batch_size, mesh=mesh)
     return sample_traces(generator, tok, questions, sampling, n=n, seed=seed, teacher=teacher, progress=progress)
 
 
@@ -54,6 +54,18 @@ def sample_traces(generator: Generator, tok: Tokenizer, questions: Sequence[Trac
         source=questions[q].provenance.source, row=questions[q].provenance.row, teacher=teacher,
         sampling={**rules, "seed": number, "sample": s}))
             for (q, s), c, number in zip(asked, done, seeds)]
+
+
+def with_real_ids(model: Any, tok: Tokenizer) -> Any:
+    """The model giving no mass to ids the tokenizer does not have. Raises ValueError where it has more than the model.
+    """
+    config = model.config
+    if tok.real > config.vocab_size:
+        raise ValueError(f"{tok} has {tok.real} ids, the model's head only {config.vocab_size}: give the tokenizer "
+                         "that belongs to the model")
+    if tok.real >= (config.real_vocab or config.vocab_size):
+        return model
+    return model.clone(config=replace(config, real_vocab=tok.real))
 
 
 def with_stops(sampling: Sampling, tok: Tokenizer) -> Sampling:

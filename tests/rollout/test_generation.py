@@ -1,5 +1,7 @@
 """Completions as traces: what a model writes in any template comes back as thinking, answer, flags and sampled ids."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -111,6 +113,20 @@ def test_generate_traces(tokenizers):
     assert [t.encoded.ids.tolist() for t in fewer] == [got[6].encoded.ids.tolist(), got[4].encoded.ids.tolist()]
     other = generate_traces(model, params, tok, asked, sampling, n=2, seed=4, batch_size=8)
     assert [t.id for t in other] != [t.id for t in got]
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(tokenizers):
+    """A head padded to a round size, and a model that does not know the number of real ids."""
+    tok = tokenizers["compact"]
+    model, params = tiny_model(tok.real)
+    model = model.clone(config=dataclasses.replace(model.config, real_vocab=None))
+    asked = [prompt_only(t) for t in traces(WorldSpec(k=2), 16)]
+    hot = Sampling(temperature=50.0, max_new_tokens=8)
+    got = generate_traces(model, params, tok, asked, hot, batch_size=16)
+    assert max(t.encoded.ids.max() for t in got) < tok.real < model.config.vocab_size
+    other = tokenizers["rich"]
+    with pytest.raises(ValueError, match="head only 448"):
+        generate_traces(model, params, other, asked, hot)
 
 
 def test_seeds_and_stops(tokenizers):
