@@ -44,8 +44,8 @@ class Cache:
 
 
 def new_cache(layers: int, batch: int, heads: int, length: int, head_dim: int, dtype: Any) -> Cache:
-    zeros = jnp.zeros((layers, batch, heads, length, head_dim), dtype)
-    return Cache(k=zeros, v=zeros, lengths=jnp.zeros((batch,), jnp.int32))
+    zeros = lambda: jnp.zeros((layers, batch, heads, length, head_dim), dtype)  # a buffer each: both can be donated
+    return Cache(k=zeros(), v=zeros(), lengths=jnp.zeros((batch,), jnp.int32))
 
 
 def slots(lengths: Array, real: Array) -> tuple[Array, Array]:

@@ -38,7 +38,7 @@ def chunked(q: Array, k: Array, v: Array, layout: Layout, score: Score, block: i
         q_segments=None if layout.q_segments is None else pad(layout.q_segments, 1, q_pad),
         k_segments=None if layout.k_segments is None else pad(layout.k_segments, 1, k_pad))
     q5 = pad(q.reshape(b, kv, h // kv, t, d), 3, q_pad)
-    out = _attend(static, q5, pad(k, 2, k_pad), pad(v, 2, k_pad), padded)
+    out: Array = _attend(static, q5, pad(k, 2, k_pad), pad(v, 2, k_pad), padded)
     return out[:, :, :, :t].reshape(b, h, t, d)
 
 

@@ -135,7 +135,8 @@ def _transposed(sharding: Sharding) -> Sharding:
 def _fetch(info: TensorInfo, sharding: Sharding, dtype: Any) -> Array:
     """The tensor as a device array: every device's part is read, converted and sent by itself."""
     kind = info.dtype if dtype is None else np.dtype(dtype)
-    return jax.make_array_from_callback(info.shape, sharding, lambda index: info.read(index).astype(kind, copy=False))
+    part = lambda index: info.read(index or ()).astype(kind, copy=False)
+    return jax.make_array_from_callback(info.shape, sharding, part)
 
 
 @functools.cache

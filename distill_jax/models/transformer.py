@@ -102,7 +102,8 @@ class Transformer(nn.Module):
         # A few layers compile faster without a loop, and on the CPU run faster: no stacked residuals to clear.
         unroll = c.num_layers if c.num_layers <= UNROLLED and self.remat == "none" else 1
         scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True},
-                       in_axes=(0, 0, nn.broadcast), length=c.num_layers, unroll=unroll)
+                       in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                       length=c.num_layers, unroll=unroll)
         self.layers = scan(c, self.remat, self.attention)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
         if not c.tied:

@@ -18,7 +18,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     Raises ValueError, naming both counts, when the sizes do not multiply to the number of devices.
     """
     pool = list(jax.devices() if devices is None else devices)
-    sizes = dict(zip(AXES, (data, fsdp, tensor)))
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor)))
     wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

@@ -76,10 +76,10 @@ def fit_spec(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
     """`spec` cut to the axes in `sizes` and to the dimensions they divide; the rest is unsharded."""
     out: list[Any] = []
     for dim, entry in zip(shape, spec):
-        wanted = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        axes = tuple(a for a in wanted if sizes.get(a, 1) > 1)
+        wanted: list[str] = [entry] if isinstance(entry, str) else list(entry or ())
+        axes = [a for a in wanted if sizes.get(a, 1) > 1]
         keep = axes and dim % math.prod(sizes[a] for a in axes) == 0
-        out.append(None if not keep else axes if len(axes) > 1 else axes[0])
+        out.append(None if not keep else tuple(axes) if len(axes) > 1 else axes[0])
     while out and out[-1] is None:
         out.pop()
     return P(*out)

@@ -158,17 +158,17 @@ def _read_scaling(given: Json, cfg: Json) -> Any:
         return None
     longest = cfg["max_position_embeddings"]
     original = given.get("original_max_position_embeddings") or longest
-    factor = given.get("factor")
-    if factor is None and kind != "yarn":
+    factor = float(given.get("factor") or 0.0)
+    if not factor and kind != "yarn":
         raise ValueError(f"config.json: rope type {kind!r} needs a factor; got {dict(given)}")
     if kind == "linear":
-        return Linear(factor=float(factor))
+        return Linear(factor=factor)
     if kind == "dynamic":
-        return Dynamic(factor=float(factor), original=longest)
+        return Dynamic(factor=factor, original=longest)
     if kind == "llama3":
-        return Llama3(factor=float(factor), low_freq_factor=float(given["low_freq_factor"]),
+        return Llama3(factor=factor, low_freq_factor=float(given["low_freq_factor"]),
                       high_freq_factor=float(given["high_freq_factor"]), original=original)
-    return Yarn(factor=float(factor or longest / original), original=original,
+    return Yarn(factor=factor or longest / original, original=original,
                 beta_fast=float(given.get("beta_fast") or 32), beta_slow=float(given.get("beta_slow") or 1),
                 attention_factor=given.get("attention_factor"), mscale=given.get("mscale"),
                 mscale_all_dim=given.get("mscale_all_dim"), truncate=given.get("truncate", True))
