@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_jax.jobs import processes
 from distill_jax.recipe import Recipe, resolve
 
 Echo = Callable[[str], None]
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    if processes.index() == 0:
+        print(line, flush=True)
 
 
 class Stopwatch:
@@ -36,6 +38,9 @@ class Stopwatch:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all; by the first process of a run."""
+    if processes.index():
+        return
     tmp = path.with_suffix(".tmp")
     tmp.write_text(json.dumps(value, indent=1))
     tmp.replace(path)

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from distill_jax.jobs import processes
 from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, write_json
 from distill_jax.loading import local_folder
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, write_or_compare
@@ -10,8 +11,9 @@ from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, w
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
     """Run every stage that is not done. Returns False when a stage was stopped and will continue at the next start."""
-    write_or_compare(recipe)
-    (recipe.folder / "run.json").write_text(json.dumps({"final": _final(recipe)}))
+    if processes.index() == 0:
+        write_or_compare(recipe)
+        (recipe.folder / "run.json").write_text(json.dumps({"final": _final(recipe)}))
     for stage in recipe.stages:
         folder = recipe.stage_folder(stage.name)
         marker = folder / "done.json"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from distill_jax.core import spec
 from distill_jax.data.sources import Mix, Store, check_supervised, open_source, serve
@@ -24,9 +24,9 @@ from distill_jax.models.transformer import Transformer
 from distill_jax.objective.reduce import means
 from distill_jax.objective.term import Term, build_objective
 from distill_jax.recipe import Stage, Student
-from distill_jax.sharding.mesh import batch_spec, make_mesh
+from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
-from distill_jax.train.feed import place
+from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import Evaluation, Run, fit
 from distill_jax.train.state import create_state
@@ -92,7 +92,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     if missing := sorted(set(objective.signals) - set(source.signals)):
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
                          "source.signals after `distill-jax score`")
-    write_model_files(context.folder / "model", student)
+    if jax.process_index() == 0:
+        write_model_files(context.folder / "model", student)
     trained = {n: p for n, p in providers.items() if p.spec.trainable}
     frozen = {n: p for n, p in providers.items() if not p.spec.trainable}
     optimizers = {n: stage.optim.build(stage.steps) for n in trained}
@@ -176,9 +177,8 @@ class Heldout:
 
     def __call__(self, params: Mapping[str, Any], step: int) -> Mapping[str, float]:
         total = None
-        rows = NamedSharding(self.mesh, batch_spec())
         for i in range(self.batches):
-            batch = place(self.source.batch(i), rows)
+            batch = place_global(self.source.batch(i), self.mesh)
             got = jax.device_get(self._sums({**self.frozen, **params}, batch))
             total = got if total is None else jax.tree.map(np.add, total, got)
         assert total is not None
