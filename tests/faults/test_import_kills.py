@@ -38,7 +38,7 @@ def campaign(folder: Path, *, count: int, kills: int, seed: int) -> Report:
     span = time.monotonic() - begun  # of the work alone: everything is imported here
     files = lambda: sum(1 for p in (folder / "killed").rglob("*") if p.is_file())
     report = run_killed([sys.executable, "-m", "distill_jax", *arguments("killed")], kills=kills, seed=seed,
-                        window=(0.0, span / 2), env={"PYTHONPATH": str(ROOT)}, progress=files)
+                        window=(0.0, 1.5 * span / (kills + 1)), env={"PYTHONPATH": str(ROOT)}, progress=files)
     store = TraceStore.open(folder / "killed")
     store.verify()
     assert store.complete and differences(folder / "undisturbed", folder / "killed") == []
