@@ -159,7 +159,9 @@ def test_remat_changes_no_gradient(remat):
     t = tokens(2, 9)
     loss = lambda m: jax.jit(jax.grad(lambda p: jnp.mean(m.apply({"params": p}, t, method="hidden").hidden ** 3)))
     want, got = loss(model)(params), loss(Transformer(EVERYTHING, remat=remat))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), want, got)
+    # as a tree: recomputed sums are rounded in another order, so single small elements differ by more
+    gap = tree.global_norm(jax.tree.map(jnp.subtract, want, got)) / tree.global_norm(want)
+    assert float(gap) < 1e-6
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
