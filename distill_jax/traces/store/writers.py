@@ -1,6 +1,7 @@
 """The writer of rows: they are gathered until a shard is whole, then the shard is committed."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections import Counter
 from typing import Any, Self
 
@@ -16,15 +17,16 @@ SHARD_TOKENS = 1 << 19
 """A shard ends early at this many tokens, so that long rows do not make writers hold gigabytes."""
 
 
-class Writer:
+class Writer(ABC):
     """Shared life cycle: a context manager that closes, or aborts when its block raises."""
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Commit what is left and mark the store or signal complete."""
 
+    @abstractmethod
     def abort(self) -> None:
         """Forget the rows of the shard that is not whole. Nothing committed is lost."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
