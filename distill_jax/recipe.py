@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from distill_jax.core import spec
-from distill_jax.data.sources import Mix, Store
+from distill_jax.data.sources import Source
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.term import Term
@@ -85,7 +85,7 @@ class Stage:
     """
 
     name: str = "train"
-    source: Store | Mix
+    source: Source
     providers: Mapping[str, Student]
     terms: Mapping[str, Term]
     optim: AdamW = AdamW()

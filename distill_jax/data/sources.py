@@ -1,13 +1,17 @@
-"""Where batches come from: a store (`Store`), several of them (`Mix`). `batch(step)` is a pure function of the seed.
+"""Where batches come from: a store (`Store`), several at once (`Mix`) or one after the other (`Phases`).
+
+`batch(step)` is a pure function of the seed.
 
     source = open_source(Store(path="traces/", rows=8, seq_len=4096), load_tokenizer("..."), seed=0)
     source.batch(0)                                            # the global batch, NumPy
     for batch in serve(source, start_step=100): ...            # this process's rows, read ahead
 """
 
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -95,6 +99,55 @@ class Mix:
     @property
     def signals(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(n for s in self.sources for n in s.signals))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """Sources one after the other, a curriculum: each for its number of updates, the last one to the end.
+
+    steps   updates of each source but the last. All sources have the same rows and seq_len
+    """
+
+    sources: tuple[Store | Mix, ...]
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources or len(self.steps) != len(self.sources) - 1:
+            raise ValueError(f"Phases need the updates of every source but the last, got {len(self.sources)} sources "
+                             f"and {len(self.steps)} numbers of updates")
+        if any(s < 1 for s in self.steps):
+            raise ValueError(f"every phase needs at least one update, got steps={self.steps}")
+        if len({(s.rows, s.seq_len) for s in self.sources}) > 1:
+            shapes = [(s.rows, s.seq_len) for s in self.sources]
+            raise ValueError(f"the sources of Phases must agree in (rows, seq_len), got {shapes}")
+
+    @property
+    def rows(self) -> int:
+        return self.sources[0].rows
+
+    @property
+    def seq_len(self) -> int:
+        return self.sources[0].seq_len
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for s in self.sources for n in s.signals))
+
+
+Source = Store | Mix | Phases
+"""What a stage can name as its source."""
+
+
+def stores(source: Source) -> Iterator[Store]:
+    """Every store of a source, in order."""
+    return iter((source,)) if isinstance(source, Store) else (s for part in source.sources for s in stores(part))
+
+
+def map_stores(source: Source, fn: Callable[[Store], Store]) -> Any:
+    """The same source with `fn` applied to every store."""
+    if isinstance(source, Store):
+        return fn(source)
+    return replace(source, sources=tuple(map_stores(s, fn) for s in source.sources))
 
 
 def splitmix(x: np.ndarray) -> np.ndarray:
@@ -221,6 +274,42 @@ class BatchSource:
         return [part.describe() for part in self.parts]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PhasedSource:
+    """Opened `Phases`: batch sources one after the other, each from its own step 0. starts: their first steps."""
+
+    parts: tuple[BatchSource, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.parts[0].rows
+
+    batch_size = rows
+
+    @property
+    def seq_len(self) -> int:
+        return self.parts[0].seq_len
+
+    @property
+    def signals(self) -> dict[str, SignalHeader]:
+        return self.parts[0].signals
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps until the last source, which goes on to the end, has been seen once."""
+        return self.starts[-1] + self.parts[-1].steps_per_epoch
+
+    def batch(self, step: int, rows: slice | None = None) -> Batch:
+        """As `BatchSource.batch`, from the source whose phase the step falls into."""
+        phase = bisect_right(self.starts, step) - 1
+        return self.parts[phase].batch(step - self.starts[phase], rows)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [{"from_step": start} | about for start, part in zip(self.starts, self.parts)
+                for about in part.describe()]
+
+
 ROTA = 1000
 
 
@@ -237,8 +326,17 @@ def _rota(shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     return order, counts
 
 
-def open_source(spec: Store | Mix, tokenizer: Tokenizer, *, seed: int) -> BatchSource:
+def open_source(spec: Source, tokenizer: Tokenizer, *, seed: int) -> BatchSource | PhasedSource:
     """Open the stores, check that they fit the tokenizer, and plan. Raises ValueError saying what does not fit."""
+    if isinstance(spec, Phases):
+        opened = [_open_source(s, tokenizer, seed) for s in spec.sources]
+        signals = _headers([part for source in opened for part in source.parts])
+        return PhasedSource(parts=tuple(replace(source, signals=signals) for source in opened),
+                            starts=(0, *itertools.accumulate(spec.steps)))
+    return _open_source(spec, tokenizer, seed)
+
+
+def _open_source(spec: Store | Mix, tokenizer: Tokenizer, seed: int) -> BatchSource:
     if isinstance(spec, Store):
         parts = (open_store(spec, tokenizer, seed=seed),)
         return BatchSource(parts=parts, rows=spec.rows, seq_len=spec.seq_len, tokenizer=tokenizer,
@@ -282,7 +380,7 @@ def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
     return out
 
 
-def serve(source: BatchSource, start_step: int = 0, process_index: int = 0, process_count: int = 1, *,
+def serve(source: BatchSource | PhasedSource, start_step: int = 0, process_index: int = 0, process_count: int = 1, *,
           stop_step: int | None = None, threads: int = 4, ahead: int = 4) -> Served:
     """Iterate over this process's rows of the batches from `start_step` on; see `data.serve`."""
     return Served(source.batch, source.rows, start_step, process_index, process_count, stop_step=stop_step,

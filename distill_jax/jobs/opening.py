@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_jax.data.sources import Mix, Store
+from distill_jax.data.sources import Mix, Source, Store, map_stores, stores
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.recipe import Recipe, Stage, Student, load_recipe, resolve
 from distill_jax.traces.store import TraceStore
@@ -17,7 +17,7 @@ from distill_jax.traces.store import TraceStore
 class Feed:
     """A source with the tokenizers that meet on it. vocabularies: rows of the output head by provider."""
 
-    source: Store | Mix
+    source: Source
     tokenizer: Tokenizer
     seed: int = 0
     teachers: Mapping[str, Tokenizer] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Feed:
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        return self.source.sources if isinstance(self.source, Mix) else (self.source,)
+        return tuple(stores(self.source))
 
 
 def open_feed(path: str, *, overrides: list[str] | None = None, stage: str | None = None,
@@ -39,11 +39,15 @@ def open_feed(path: str, *, overrides: list[str] | None = None, stage: str | Non
         if overrides:
             raise ValueError(f"--set changes a recipe, and {path} is a store; use the options")
         feed = _of_store(path, tokenizer)
-    if isinstance(feed.source, Mix):
-        sources = tuple(dataclasses.replace(s, **changes) for s in feed.source.sources)
-        rows = changes.get("rows", feed.source.rows)
-        return dataclasses.replace(feed, source=dataclasses.replace(feed.source, sources=sources, rows=rows))
-    return dataclasses.replace(feed, source=dataclasses.replace(feed.source, **changes))
+    return dataclasses.replace(feed, source=_changed(feed.source, changes))
+
+
+def _changed(source: Source, changes: Mapping[str, Any]) -> Source:
+    """Fields of every store replaced, and the `rows` of a `Mix` with them."""
+    if isinstance(source, Store):
+        return dataclasses.replace(source, **changes)
+    rows = {"rows": changes["rows"]} if isinstance(source, Mix) and "rows" in changes else {}
+    return dataclasses.replace(source, sources=tuple(_changed(s, changes) for s in source.sources), **rows)
 
 
 def _of_store(path: str, tokenizer: str | None) -> Feed:
@@ -70,8 +74,9 @@ def _of_recipe(recipe: Recipe, name: str | None, tokenizer: str | None) -> Feed:
                          f"{[s.name for s in stages]}")
     student = next(p for p in chosen.providers.values() if p.trainable)
     teachers = {n: p for n, p in chosen.providers.items() if not p.trainable}
+    source = map_stores(chosen.source, lambda s: dataclasses.replace(s, path=resolve(recipe, s.path)))
     heads = {n: v for n, p in chosen.providers.items() if (v := _vocabulary(recipe, p)) is not None}
-    return Feed(source=_resolved(chosen.source, recipe), seed=recipe.seed, vocabularies=heads,
+    return Feed(source=source, seed=recipe.seed, vocabularies=heads,
                 tokenizer=load_tokenizer(tokenizer) if tokenizer else _tokenizer(recipe, student),
                 teachers={n: _tokenizer(recipe, p) for n, p in teachers.items()})
 
@@ -81,13 +86,6 @@ def _tokenizer(recipe: Recipe, provider: Student) -> Tokenizer:
     if source is None:
         raise ValueError("a provider with random weights needs tokenizer=")
     return load_tokenizer(resolve(recipe, source))
-
-
-def _resolved(source: Store | Mix, recipe: Recipe) -> Store | Mix:
-    if isinstance(source, Mix):
-        return dataclasses.replace(source, sources=tuple(
-            dataclasses.replace(s, path=resolve(recipe, s.path)) for s in source.sources))
-    return dataclasses.replace(source, path=resolve(recipe, source.path))
 
 
 def _vocabulary(recipe: Recipe, provider: Student) -> int | None:

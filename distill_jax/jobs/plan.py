@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_jax.data.sources import Mix, Store
+from distill_jax.data.sources import stores
 from distill_jax.jobs.hardware import Device
 from distill_jax.models import families
 from distill_jax.models.config import ModelConfig
@@ -59,14 +59,10 @@ def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
                      "download it first (hub ids), or run the stage it comes from")
 
 
-def _sources(source: Store | Mix) -> list[Store]:
-    return [source] if isinstance(source, Store) else [s for part in source.sources for s in _sources(part)]
-
-
 def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:
     """Memory, FLOPs and time of a training stage on `devices` devices of one kind."""
     configs = {name: model_config(recipe, p) for name, p in stage.providers.items()}
-    source = _sources(stage.source)[0]
+    source = stage.source
     rows, length = source.rows, source.seq_len
     tokens = rows * length
     shards, row_shards = _mesh_factors(recipe, devices)
@@ -125,7 +121,7 @@ def _signal_bytes(name: str) -> float:
 
 def _store_bytes(recipe: Recipe, stage: Stage) -> float | None:
     total = 0.0
-    for s in _sources(stage.source):
+    for s in stores(stage.source):
         folder = Path(resolve(recipe, s.path))
         if not folder.is_dir():
             return None

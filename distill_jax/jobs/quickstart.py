@@ -13,22 +13,21 @@ from distill_jax.eval.tasks.multidoc_qa import MultidocQA
 from distill_jax.jobs.context import RunContext, write_json
 from distill_jax.jobs.write_store import write_store
 from distill_jax.loading import load, local_folder
-from distill_jax.traces.world.curriculum import Curriculum
+from distill_jax.traces.world.curriculum import LESSONS, Curriculum
 from distill_jax.traces.world.tokenizer import build_tokenizer
 
 
-def build_world(context: RunContext, *, base_rows: int, teacher_rows: int, questions: int,
-                ks: Sequence[int] = (2, 4, 8)) -> dict[str, int]:
-    """Tokenizer and the stores `base`, `teacher` and `questions` in the stage's folder."""
+def build_world(context: RunContext, *, lesson_rows: Sequence[int], teacher_rows: int,
+                questions: int) -> dict[str, int]:
+    """Tokenizer and the stores `lesson0` to `lessonN`, `teacher` and `questions` in the stage's folder."""
     folder = context.folder
     build_tokenizer(folder / "tokenizer", "compact")
     tok = load_tokenizer(folder / "tokenizer")
-    data = Curriculum(seed=context.seed, ks=tuple(ks))
-    made = {}
-    for name, traces in (("base", data.base(base_rows)), ("teacher", data.two_hop(teacher_rows)),
-                         ("questions", data.two_hop(questions, salt=2))):
-        made[name] = len(write_store(str(folder / name), traces, tok))
-        context.say(f"[{context.folder.name}] {name}: {made[name]} rows")
+    data = Curriculum(seed=context.seed)
+    parts = {f"lesson{i}": data.lesson(i, n) for i, n in zip(range(len(LESSONS)), lesson_rows, strict=True)} | {
+        "teacher": data.two_hop(teacher_rows), "questions": data.two_hop(questions, salt=2)}
+    made = {name: len(write_store(str(folder / name), traces, tok)) for name, traces in parts.items()}
+    context.say(f"[{context.folder.name}] rows: " + ", ".join(f"{name} {n}" for name, n in made.items()))
     return made
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.core import spec
-from distill_jax.data.sources import Mix, Store, check_supervised, open_source, serve
+from distill_jax.data.sources import Source, Store, check_supervised, map_stores, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
 from distill_jax.loading import load, local_folder
@@ -71,11 +71,9 @@ def init_params(model: Transformer, mesh: Mesh, seed: int) -> Any:
     return jax.jit(make, out_shardings=param_shardings(mesh, shapes))(jax.random.key(seed))
 
 
-def resolved(source: Store | Mix, context: RunContext) -> Store | Mix:
+def resolved(source: Source, context: RunContext) -> Any:
     """The source with `stage:NAME` paths replaced by folders."""
-    if isinstance(source, Mix):
-        return dataclasses.replace(source, sources=tuple(resolved(s, context) for s in source.sources))
-    return dataclasses.replace(source, path=context.resolve(source.path))
+    return map_stores(source, lambda s: dataclasses.replace(s, path=context.resolve(s.path)))
 
 
 def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
@@ -135,13 +133,13 @@ def write_model_files(folder: Path, student: Provider) -> None:
 
 
 def total_flops(source: Any, flops: Mapping[str, Flops], steps: int, sample: int = 16) -> float:
-    """Model FLOPs of the whole stage: the mean over the first batches, times the number of updates."""
+    """Model FLOPs of the whole stage: the mean over batches spread evenly over it, times the number of updates."""
     def one(i: int) -> float:
         stream = source.batch(i).main
         return sum(float(f.count(stream, stream.weights > 0)) for f in flops.values())
 
     n = min(sample, steps)
-    return sum(one(i) for i in range(n)) / n * steps
+    return sum(one(i * steps // n) for i in range(n)) / n * steps
 
 
 class Heldout:
@@ -150,7 +148,7 @@ class Heldout:
     def __init__(self, stage: Stage, context: RunContext, providers: Mapping[str, Provider],
                  frozen: Mapping[str, Any], mesh: Mesh) -> None:
         if not isinstance(stage.source, Store):
-            raise ValueError("heldout needs a single Store as source, got a Mix")
+            raise ValueError(f"heldout needs a single Store as source, got a {type(stage.source).__name__}")
         where = dataclasses.replace(resolved(stage.source, context), split="heldout")
         tokenizer = next(p for p in providers.values() if p.spec.trainable).tokenizer
         self.source = open_source(where, tokenizer, seed=context.seed)

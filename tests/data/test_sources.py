@@ -8,7 +8,7 @@ import pytest
 from distill_jax.core.roles import ANSWER, QUESTION, SUPERVISED, THINK
 from distill_jax.data.render import Style, render
 from distill_jax.data.rowset import FlatRows
-from distill_jax.data.sources import Mix, Store, held_out, open_source, serve
+from distill_jax.data.sources import Mix, Phases, Store, held_out, open_source, serve, stores
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.traces.trace import FLAG_TRUNCATED, Segment, Trace, simple_trace
 from tests.data.storing import make_store, some_traces, topk_of
@@ -264,6 +264,36 @@ def test_mix_keeps_its_shares(tmp_path, path, tiny):
         assert batch.signals["token"].mask[b].any() == (part == 1)
     with pytest.raises(ValueError, match="one weight for each"):
         Mix(sources=(other,), weights=(1.0, 2.0))
+
+
+def test_phases_follow_each_other_and_have_one_shape(tmp_path, path, tiny):
+    make_store(tmp_path / "b", some_traces(40, seed=7), tiny, signal="token")
+    first, second = spec(path, signals=("topk",)), spec(str(tmp_path / "b"), signals=("token",))
+    phases = Phases(sources=(first, second, first), steps=(3, 2))
+    source = open_source(phases, tiny, seed=0)
+    alone = {s: open_source(s, tiny, seed=0) for s in (first, second)}
+    for step, (part, at) in enumerate([(first, 0), (first, 1), (first, 2), (second, 0), (second, 1), (first, 0)]):
+        batch, expected = source.batch(step), alone[part].batch(at)
+        np.testing.assert_array_equal(batch.main.tokens, expected.main.tokens)
+        assert set(batch.signals) == {"topk", "token"}
+        for name, signal in expected.signals.items():
+            np.testing.assert_array_equal(batch.signals[name].mask, signal.mask)
+    served = serve(source, start_step=2, process_index=1, process_count=2)
+    for step in (2, 3):
+        half = source.rows // 2
+        np.testing.assert_array_equal(next(served).main.tokens, source.batch(step).main.tokens[half:])
+    assert [d["from_step"] for d in source.describe()] == [0, 3, 5]
+    assert list(stores(phases)) == [first, second, first]
+    assert phases.signals == ("topk", "token") and source.steps_per_epoch > 5
+
+
+@pytest.mark.parametrize("changes, match", [
+    ({"steps": (3,)}, "every source but the last"), ({"steps": (3, 0)}, "at least one update"),
+    ({"sources": (Store(path="a"), Store(path="b", rows=3), Store(path="c"))}, "agree in")])
+def test_phases_that_make_no_sense(changes, match):
+    good = {"sources": (Store(path="a"), Store(path="b"), Store(path="c")), "steps": (1, 1)}
+    with pytest.raises(ValueError, match=match):
+        Phases(**(good | changes))
 
 
 def test_multi_turn_context_is_not_supervised(tmp_path, tiny):

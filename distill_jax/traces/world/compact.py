@@ -26,7 +26,7 @@ from distill_jax.traces.world.thoughts import (
 
 WORDS = words(
     "doc ask lives grows works owns rule latest trust says is same differ and or knight knave plus minus times "
-    "carry write suppose true false ok no yes check seek over nines all : ;")
+    "carry write suppose true false ok no yes check seek over nines : ;")
 name = LEXICON.name
 
 

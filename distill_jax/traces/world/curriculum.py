@@ -1,54 +1,50 @@
-"""The quickstart's data: what the base, the teacher and the students see, and what they are asked at the end.
+"""The quickstart's data: what the base, the teacher and the students see.
 
-A model that never looked anything up before takes thousands of steps to start; one that has recited documents takes
-hundreds. So the shared base first recites: every fact of its documents in a random order, k look-ups in one row
-(`recite`), beside plain look-ups. Then the teacher learns two-hop questions with oracle thinking, the students learn
-from what the teacher wrote. Everything is a pure function of the seed; evaluation questions are of the `eval` split.
+A small model that has never looked anything up stays at chance for thousands of updates: before its two attention
+layers work together, neither is of use. Two documents and few names make the step small enough to be taken in about
+a hundred updates; from there more documents and more names follow at once (docs/LOG.md). So the base's look-ups come
+in lessons. Then the teacher learns two-hop questions with oracle thinking, and the students learn from what the
+teacher wrote. Everything is a pure function of the seed.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from distill_jax.traces.trace import Trace, simple_trace
-from distill_jax.traces.world import compact, facts
-from distill_jax.traces.world.draw import Draw
-from distill_jax.traces.world.generate import WorldSpec, symbols, trace
+from distill_jax.traces.trace import Trace
+from distill_jax.traces.world.generate import WorldSpec, trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """Single-document look-ups over `ks` documents (drawn evenly) with `names` names of each type."""
+
+    ks: tuple[int, ...]
+    names: int
+
+
+LESSONS = (
+    Lesson(ks=(2,), names=4), Lesson(ks=(2, 4), names=6), Lesson(ks=(2, 4, 6), names=8),
+    Lesson(ks=(2, 4, 6, 8), names=8), Lesson(ks=(2, 4, 6, 8), names=12))
+"""From the easiest to all that the two-hop questions need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """ks: documents of a training question, drawn evenly; recited: share of base rows that recite."""
+    """ks: documents of a two-hop training question, drawn evenly; names: of each type."""
 
     seed: int = 0
     ks: tuple[int, ...] = (2, 4, 8)
-    recited: float = 0.5
+    names: int = 12
 
-    def base(self, n: int) -> Iterator[Trace]:
-        """Single-document look-ups, read and answered, and recitals."""
+    def lesson(self, number: int, n: int) -> Iterator[Trace]:
+        """n look-ups of lesson `number` of LESSONS, each read (`thinking`) and answered."""
+        lesson = LESSONS[number]
         for i in range(n):
-            spec = WorldSpec(kind="lookup", k=self.ks[i % len(self.ks)], seed=self.seed)
-            every = round(1 / self.recited) if self.recited else 0
-            yield recite(spec, i) if every and (i // len(self.ks)) % every == 0 else trace(spec, i)
+            yield trace(WorldSpec(kind="same_relation", k=lesson.ks[i % len(lesson.ks)], names=lesson.names,
+                                  seed=self.seed * 1000 + number), i)
 
     def two_hop(self, n: int, salt: int = 1) -> Iterator[Trace]:
         """Two-hop questions with minimal oracle thinking; another salt gives other questions."""
         for i in range(n):
-            yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], seed=self.seed * 1000 + salt), i)
-
-    def evaluation(self, k: int, n: int) -> Iterator[Trace]:
-        """n two-hop questions of the `eval` split with k documents, the answer at every position in turn."""
-        spec = WorldSpec(kind="two_hop", k=k, seed=self.seed, split="eval")
-        for i in range(n):
-            yield trace(replace(spec, position=i % k), i)
-
-
-def recite(spec: WorldSpec, index: int) -> Trace:
-    """The documents of look-up question `index`, and all their facts in another order as the answer."""
-    q = symbols(spec, index)
-    assert isinstance(q, facts.DocumentQuestion)
-    draw = Draw("recite", spec.seed, spec.k, index)
-    docs = draw.shuffled(list(q.documents))
-    text = " ".join(f"doc {compact.fact(d[0])}" for d in docs) + " ask all"
-    said = " ".join(compact.fact(d[0]) for d in draw.shuffled(docs))
-    return simple_trace(text, "", said, gold=said, verdict=True,
-                        meta={"kind": "recite", "k": spec.k, "split": spec.split, "index": index})
+            yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], names=self.names,
+                                  seed=self.seed * 1000 + salt), i)

@@ -128,6 +128,13 @@ def lookup(draw: Draw, sizes: Sizes, k: int) -> DocumentQuestion:
     return _ask("lookup", [(f,) for f in facts], (gold,), (facts[gold].relation,))
 
 
+def same_relation(draw: Draw, sizes: Sizes, k: int) -> DocumentQuestion:
+    """Look-up among documents of one relation: nothing but the subject tells them apart, so that chance is 1 in k."""
+    facts = _edges(draw, sizes, draw.pick(["lives", "grows"]), k)
+    gold = draw.below(k)
+    return _ask("same_relation", [(f,) for f in facts], (gold,), (facts[gold].relation,))
+
+
 def two_hop(draw: Draw, sizes: Sizes, k: int) -> DocumentQuestion:
     """What does the city grow in which a person lives? Every distractor is a link of another such chain."""
     if k < 2:
@@ -191,8 +198,8 @@ def _ask(kind: str, docs: list[tuple[Fact, ...]], gold: tuple[int, ...], path: t
 
 
 BUILDERS: Mapping[str, Callable[[Draw, Sizes, int], DocumentQuestion]] = {
-    "lookup": lookup, "two_hop": two_hop, "conflict": conflict, "varied": varied, "long_document": long_document,
-    "kv": kv,
+    "lookup": lookup, "same_relation": same_relation, "two_hop": two_hop, "conflict": conflict, "varied": varied,
+    "long_document": long_document, "kv": kv,
 }
 
 

@@ -37,6 +37,7 @@ class WorldSpec:
     position   of the document that holds the answer, from 0; None: drawn
     layout     where the first hop's document stands: `random`, `adjacent` (just before), `reversed` (just after),
                `spread` (first and last)
+    names      use only the first so many names of each type (None: all): what a beginner starts with
     shown      documents in the prompt: `all`, `gold` (oracle setting) or `none` (closed book; no thinking either)
     """
 
@@ -48,6 +49,7 @@ class WorldSpec:
     seed: int = 0
     position: int | None = None
     layout: Layout = "random"
+    names: int | None = None
     shown: str = "all"
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class WorldSpec:
                 raise ValueError(f"unknown {field} {got!r} of a generated world; known: {list(values)}")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+        if self.names is not None and self.names < 1:
+            raise ValueError(f"names must be at least 1, got {self.names}")
 
 
 def split_of(question: Question) -> str:
@@ -69,6 +73,8 @@ def split_of(question: Question) -> str:
 def symbols(spec: WorldSpec, index: int) -> Question:
     """Question `index` of the spec before it is put into words."""
     sizes = RENDERINGS[spec.rendering].LEXICON.sizes
+    if spec.names is not None:
+        sizes = {type_: min(size, spec.names) for type_, size in sizes.items()}
     for attempt in range(10_000):
         draw = Draw("facts", spec.seed, spec.kind, spec.k, spec.split, index, attempt)
         if spec.kind == "knights":

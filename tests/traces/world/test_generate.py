@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_jax.traces.trace import Trace
-from distill_jax.traces.world import curriculum, facts, filler, rich
+from distill_jax.traces.world import compact, curriculum, facts, filler, rich
 from distill_jax.traces.world.draw import Draw, digest
 from distill_jax.traces.world.generate import KINDS, RENDERINGS, WorldSpec, split_of, symbols, trace, traces
 from tests.traces.world import solvers
@@ -211,17 +211,33 @@ def test_world_is_frozen():
     assert f"{digest(*made):016x}" == "6df1901582e80e76"
 
 
-def test_recital_says_every_fact_of_its_documents():
-    t = curriculum.recite(WorldSpec(kind="lookup", k=8), 3)
-    body = t.question.removesuffix(" ask all").removeprefix("doc ").split(" doc ")
-    said = t.answer.split()
-    assert sorted(body) == sorted(" ".join(said[i:i + 3]) for i in range(0, 24, 3)) and " ".join(said) != " ".join(body)
-
-
-def test_curriculum_is_a_pure_function_and_evaluates_every_position():
+def test_lessons_are_look_ups_that_only_the_subject_decides():
     c = curriculum.Curriculum(seed=3)
-    assert [t.id for t in c.base(30)] == [t.id for t in c.base(30)]
-    assert sum(t.meta["kind"] == "recite" for t in c.base(600)) == 300
-    shown = [t.meta["gold_position"] for t in c.evaluation(4, 12)]
-    assert shown == [0, 1, 2, 3] * 3
-    assert not {t.group for t in c.two_hop(300)} & {t.group for t in c.evaluation(4, 300)}
+    for number, lesson in enumerate(curriculum.LESSONS):
+        made = list(c.lesson(number, 60))
+        assert [t.id for t in made] == [t.id for t in c.lesson(number, 60)]
+        assert {t.meta["k"] for t in made} == set(lesson.ks)
+        for t in made:
+            docs = [d.split() for d in t.question.partition(" ask ")[0].removeprefix("doc ").split(" doc ")]
+            assert len(docs) == t.meta["k"] and len({d[0] for d in docs}) == 1, "one relation"
+            assert all(len({d[i] for d in docs}) == len(docs) for i in (1, 2)), "different subjects and values"
+            relation, subject = t.question.split()[-2:]
+            assert [relation, subject, t.answer] in docs and t.thinking == f"{relation} {subject} {t.answer}"
+        subjects = {relation: {t.question.split()[-1] for t in made if t.question.split()[-2] == relation}
+                    for relation in ("lives", "grows")}
+        assert all(len(s) <= lesson.names for s in subjects.values())
+
+
+def test_curriculum_trains_on_no_question_it_is_evaluated_on():
+    trained = {t.group for t in curriculum.Curriculum(seed=3).two_hop(300)}
+    spec = WorldSpec(kind="two_hop", k=4, seed=3, split="eval")
+    assert not trained & {t.group for t in traces(spec, 300)}
+
+
+def test_names_limit_the_world():
+    words = {w for t in traces(WorldSpec(kind="two_hop", k=4, names=3), 50) for w in t.question.split()}
+    assert len(words - set(compact.WORDS)) == 9
+    with pytest.raises(ValueError, match="names"):
+        list(traces(WorldSpec(kind="two_hop", k=8, names=3), 1))
+    with pytest.raises(ValueError, match="names must be at least 1"):
+        WorldSpec(names=0)
