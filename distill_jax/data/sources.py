@@ -187,6 +187,10 @@ def choose(index: RowIndex, spec: Store) -> tuple[np.ndarray, dict[str, int]]:
     return chosen, {k: v for k, v in left_out.items() if v}
 
 
+SMALL_STORE = 256 * 2**20
+"""Bytes of decoded rows up to which a source keeps them: later epochs of a small store decode nothing again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
     """One store, opened: its rows, the plan over them, and its signals."""
@@ -197,18 +201,32 @@ class RowSource:
     signals: dict[str, SignalReader]
     left_out: dict[str, int]
     coverage: float = 1.0
+    _kept: dict[int, Placed] = field(default_factory=dict, repr=False, compare=False)
 
     def sequences(self, positions: Sequence[int], signals: bool = True) -> list[list[Placed]]:
         """Rows of the sequences at these positions of the plan."""
         numbers = [self.plan.at(p) for p in positions]
         flat = np.concatenate([np.zeros(0, np.int64), *numbers])
-        rows = self.rowset.read(flat)
-        readers = self.signals if signals else {}
-        said = {n: self.rowset.read_signal(r, flat, rows) for n, r in readers.items()}
-        placed = [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()})
-                  for j, (i, row) in enumerate(zip(flat, rows))]
+        if not signals or not self.small:
+            placed = self._read(flat, signals)
+        else:
+            missing = np.array([i for i in flat.tolist() if i not in self._kept], np.int64)
+            self._kept.update(zip(missing.tolist(), self._read(missing, signals)))
+            placed = [self._kept[i] for i in flat.tolist()]
         ends = np.cumsum([len(n) for n in numbers])
         return [placed[end - len(n):end] for n, end in zip(numbers, ends)]
+
+    @property
+    def small(self) -> bool:
+        outcomes = sum(max(1, r.header.k) for r in self.signals.values())
+        return self.plan.tokens * (16 + 8 * outcomes) <= SMALL_STORE
+
+    def _read(self, numbers: np.ndarray, signals: bool) -> list[Placed]:
+        rows = self.rowset.read(numbers)
+        readers = self.signals if signals else {}
+        said = {n: self.rowset.read_signal(r, numbers, rows) for n, r in readers.items()}
+        return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()})
+                for j, (i, row) in enumerate(zip(numbers, rows))]
 
     def describe(self) -> dict[str, Any]:
         p = self.plan

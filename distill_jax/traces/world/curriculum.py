@@ -16,25 +16,24 @@ from distill_jax.traces.world.generate import WorldSpec, trace
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """Single-document look-ups over `ks` documents (drawn evenly) with `names` names of each type."""
+    """Single-document look-ups over `ks` documents (drawn evenly) with `names` names of each type (None: all)."""
 
     ks: tuple[int, ...]
-    names: int
+    names: int | None
 
 
 LESSONS = (
     Lesson(ks=(2,), names=4), Lesson(ks=(2, 4), names=6), Lesson(ks=(2, 4, 6), names=8),
-    Lesson(ks=(2, 4, 6, 8), names=8), Lesson(ks=(2, 4, 6, 8), names=12))
+    Lesson(ks=(2, 4, 6, 8), names=12), Lesson(ks=(2, 4, 6, 8), names=None))
 """From the easiest to all that the two-hop questions need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """ks: documents of a two-hop training question, drawn evenly; names: of each type."""
+    """ks: documents of a two-hop training question, drawn evenly."""
 
     seed: int = 0
     ks: tuple[int, ...] = (2, 4, 8)
-    names: int = 12
 
     def lesson(self, number: int, n: int) -> Iterator[Trace]:
         """n look-ups of lesson `number` of LESSONS, each read (`thinking`) and answered."""
@@ -46,5 +45,4 @@ class Curriculum:
     def two_hop(self, n: int, salt: int = 1) -> Iterator[Trace]:
         """Two-hop questions with minimal oracle thinking; another salt gives other questions."""
         for i in range(n):
-            yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], names=self.names,
-                                  seed=self.seed * 1000 + salt), i)
+            yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], seed=self.seed * 1000 + salt), i)

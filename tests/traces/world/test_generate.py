@@ -208,7 +208,7 @@ def test_json_round_trip_and_pure_function():
 def test_world_is_frozen():
     """A change of the generated world changes every number measured on it: then change this digest knowingly."""
     made = [trace(spec_of(kind, rendering=r), i).id for kind in KINDS for r in RENDERINGS for i in range(3)]
-    assert f"{digest(*made):016x}" == "6df1901582e80e76"
+    assert f"{digest(*made):016x}" == "aab866426a4c616b"
 
 
 def test_lessons_are_look_ups_that_only_the_subject_decides():
@@ -225,7 +225,7 @@ def test_lessons_are_look_ups_that_only_the_subject_decides():
             assert [relation, subject, t.answer] in docs and t.thinking == f"{relation} {subject} {t.answer}"
         subjects = {relation: {t.question.split()[-1] for t in made if t.question.split()[-2] == relation}
                     for relation in ("lives", "grows")}
-        assert all(len(s) <= lesson.names for s in subjects.values())
+        assert all(len(s) <= (lesson.names or 16) for s in subjects.values())
 
 
 def test_curriculum_trains_on_no_question_it_is_evaluated_on():
