@@ -13,7 +13,7 @@ from distill_jax.eval.tasks.multidoc_qa import MultidocQA
 from distill_jax.jobs.context import RunContext, write_json
 from distill_jax.jobs.write_store import write_store
 from distill_jax.loading import load, local_folder
-from distill_jax.traces.world.curriculum import LESSONS, Curriculum
+from distill_jax.traces.world.curriculum import LESSONS, NAMES, Curriculum
 from distill_jax.traces.world.tokenizer import build_tokenizer
 
 
@@ -34,7 +34,7 @@ def build_world(context: RunContext, *, lesson_rows: Sequence[int], teacher_rows
 def report(context: RunContext, *, teacher: str, thinking: str, answer_only: str, ks: Sequence[int] = (2, 4, 8, 12),
            trained_k: int = 8, questions: int = 500, max_new_tokens: int = 16) -> dict[str, Any]:
     """Ask the three models the same questions over k and position; write report.json, report.md and the plots."""
-    task = MultidocQA(k=tuple(ks), questions=questions, positions=0, seed=context.seed)
+    task = MultidocQA(k=tuple(ks), questions=questions, positions=0, names=NAMES, seed=context.seed)
     spent = stage_costs(context)
     records: dict[str, Records] = {}
     for name, where in (("thinking", thinking), ("answer_only", answer_only), ("teacher", teacher)):

@@ -22,7 +22,7 @@ class MultidocQA:
     positions          at most so many positions of the gold document per k, evenly spaced, ends included; 0: all
     floor_and_ceiling  also ask without documents (closed book) and with the gold ones alone (oracle), once per
                        question of the largest k
-    kind, rendering, layout   of the generated world
+    kind, rendering, layout, names   of the generated world (`WorldSpec`)
     """
 
     data: str = ""
@@ -33,6 +33,7 @@ class MultidocQA:
     kind: str = "two_hop"
     rendering: str = "compact"
     layout: Layout = "random"
+    names: int | None = None
     seed: int = 0
 
     @property
@@ -47,7 +48,7 @@ class MultidocQA:
             shown = ("all", "gold", "none") if self.floor_and_ceiling and k == max(self.k) else ("all",)
             for setting in shown:
                 spec = WorldSpec(kind=self.kind, k=k, rendering=self.rendering, layout=self.layout, split="eval",
-                                 seed=self.seed, shown=setting)
+                                 names=self.names, seed=self.seed, shown=setting)
                 out += world_items(spec, self.questions, self.positions)
         return out
 

@@ -16,15 +16,18 @@ from distill_jax.traces.world.generate import WorldSpec, trace
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """Single-document look-ups over `ks` documents (drawn evenly) with `names` names of each type (None: all)."""
+    """Single-document look-ups over `ks` documents (drawn evenly) with `names` names of each type."""
 
     ks: tuple[int, ...]
-    names: int | None
+    names: int
 
+
+NAMES = 12
+"""Names of each type in the two-hop questions, of training and of evaluation."""
 
 LESSONS = (
     Lesson(ks=(2,), names=4), Lesson(ks=(2, 4), names=6), Lesson(ks=(2, 4, 6), names=8),
-    Lesson(ks=(2, 4, 6, 8), names=12), Lesson(ks=(2, 4, 6, 8), names=None))
+    Lesson(ks=(2, 4, 6, 8), names=8), Lesson(ks=(2, 4, 6, 8), names=NAMES))
 """From the easiest to all that the two-hop questions need."""
 
 
@@ -45,4 +48,5 @@ class Curriculum:
     def two_hop(self, n: int, salt: int = 1) -> Iterator[Trace]:
         """Two-hop questions with minimal oracle thinking; another salt gives other questions."""
         for i in range(n):
-            yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], seed=self.seed * 1000 + salt), i)
+            yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], names=NAMES,
+                                  seed=self.seed * 1000 + salt), i)
