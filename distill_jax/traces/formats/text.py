@@ -43,6 +43,10 @@ TAGS = (
          answer_open="<|begin_of_solution|>", answer_close="<|end_of_solution|>"),
     Tags(open="[THINK]", close="[/THINK]"),
     Tags(open="<reasoning>", close="</reasoning>"),
+    Tags(open="<thought>", close="</thought>", answer_open="<output>", answer_close="</output>"),
+    Tags(open="<Think>", close="</Think>"),
+    Tags(open="<seed:think>", close="</seed:think>"),
+    Tags(open="◁think▷", close="◁/think▷"),
 )
 
 
@@ -105,6 +109,12 @@ def unwrap(rest: str, tags: Tags) -> str:
 
 def has_close(text: str) -> bool:
     return any(t.close in text for t in TAGS)
+
+
+def lacks_open(text: str) -> bool:
+    """Whether the thinking ends but does not begin here: the opening tag was in the prompt."""
+    tags = next((t for t in TAGS if t.close in text), None)
+    return tags is not None and tags.open not in text.partition(tags.close)[0]
 
 
 def opens(text: str) -> bool:
