@@ -10,6 +10,7 @@ from distill_jax.traces.formats.chat import WRITTEN, ChatFormat, conversation, l
 from distill_jax.traces.formats.facts import find_gold
 from distill_jax.traces.formats.fields import Fields, blank, lookup
 from distill_jax.traces.formats.layout import Layout, common_layout, find_layout, samples
+from distill_jax.traces.formats.own import TraceFormat, is_trace
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.rows import RowFormat, merge_question
 from distill_jax.traces.formats.text import has_close, is_json_response, lacks_open, opens, split_rationale
@@ -29,6 +30,8 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     first = list(islice(rows, LOOK))
     if not first:
         raise ValueError(f"{where}: holds no readable rows")
+    if 2 * sum(map(is_trace, first)) > len(first):
+        return TraceFormat()
     nowhere = [f"{what}={path}" for what, path in fields.mapped.items() if all(blank(lookup(r, path)) for r in first)]
     if nowhere:
         raise ValueError(f"{where}: --map {' '.join(nowhere)} leads nowhere in the first {len(first)} rows; fields of "

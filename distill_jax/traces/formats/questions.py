@@ -10,6 +10,7 @@ from distill_jax.traces.formats.chat import WRITTEN, chat_trace, conversation, s
 from distill_jax.traces.formats.facts import row_facts
 from distill_jax.traces.formats.fields import Fields, Join
 from distill_jax.traces.formats.layout import find_layout
+from distill_jax.traces.formats.own import is_trace
 from distill_jax.traces.formats.read import BadRow, Row, iter_rows
 from distill_jax.traces.formats.rows import earlier, merge_question
 from distill_jax.traces.formats.text import Reject, as_text
@@ -36,7 +37,7 @@ def read_questions(path: str | Path, fields: Fields | None = None, joins: Sequen
 
 def question_of(row: Row, fields: Fields, source: str, index: int) -> Trace:
     """The question of a row, with its gold answer where there is one. Raises Reject where there is no question."""
-    if isinstance(row.get("segments"), list):  # a `Trace` as JSON
+    if is_trace(row):
         trace = Trace.from_json(row)
         return prompt_only(trace.replace(provenance=Provenance(source=source, row=index)))
     path, messages = conversation(row, fields)

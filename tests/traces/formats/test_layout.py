@@ -7,7 +7,7 @@ import pytest
 from distill_jax.core.roles import ANSWER, QUESTION, THINK
 from distill_jax.traces.formats import BadRow, Fields, Reject, detect, iter_rows
 from distill_jax.traces.formats.questions import question_of
-from distill_jax.traces.trace import FLAG_TRUNCATED
+from distill_jax.traces.trace import FLAG_TRUNCATED, simple_trace
 
 R1 = "<think>\nhm\n</think>\n\nIt is \\boxed{4}."
 
@@ -69,6 +69,15 @@ def test_history_of_an_alpaca_row_is_context():
     assert [s.text for s in question_of(row, Fields(), "f", 0).segments] == ["2+2?", "4", "and 3+3?"]
     with pytest.raises(Reject, match="malformed_history"):
         detect([row]).records(row | {"history": "2+2? 4"}, "f", 0)
+
+
+def test_our_own_traces_come_back_as_they_are():
+    trace = simple_trace("q", "hm", "4", system="s", gold="4", meta={"k": 2})
+    fmt = detect([trace.to_json()] * 2)
+    assert fmt.traces(trace.to_json(), "f", 0) == [trace]
+    for broken in ({"segments": [{"role": "owl", "text": "q"}]}, {"question": "q", "answer": "4"}):
+        with pytest.raises(Reject, match="not_a_trace"):
+            fmt.records(broken, "f", 0)
 
 
 @pytest.mark.parametrize("text", [
