@@ -254,17 +254,26 @@ def _unknown(recipe: Recipe, path: str) -> ValueError:
 
 
 def write_or_compare(recipe: Recipe) -> None:
-    """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference."""
+    """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference. Where the first
+    start failed before anything was made, there is nothing to keep and the corrected recipe takes its place."""
     path = recipe.folder / "recipe.yaml"
     new = spec.to_plain(recipe)
     if path.is_file():
         old = yaml.safe_load(path.read_text())
         changes = spec.diff(old, new)
-        if changes:
+        if changes and _begun(recipe.folder):
             raise ValueError(f"{recipe.folder} was made by another recipe:\n  " + "\n  ".join(changes)
                              + "\nresume with the old values, or give the run another name (--set name=...)")
-        return
+        if not changes:
+            return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
     tmp.write_text(recipe.to_yaml())
     tmp.replace(path)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run has made anything: a checkpoint, a store, a report, more than what every start writes."""
+    every_start = {"recipe.yaml", "run.json", "time.json"}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in every_start)
+    return any(p.parent.name != "model" or p.name == "done.json" for p in files)

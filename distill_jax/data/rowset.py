@@ -128,6 +128,10 @@ class RowSet:
         if self.flat is None:
             return 1.0
         candidates = np.flatnonzero(self.attached)
+        if len(candidates) == 0:
+            raise ValueError(f"the ops changed the text of all {len(self)} rows after they were scored, so none has a "
+                             "signal left; score a store of the changed traces, or train on the text alone "
+                             "(cross-entropy, signals=())")
         pick = candidates[np.linspace(0, len(candidates) - 1, min(SAMPLE, len(candidates))).astype(int)]
         stored = self.store.read(self.origin[pick])
         return align.require_coverage(align.align(s, t, self._map) for s, t in zip(stored, self.read(pick)))

@@ -1,5 +1,6 @@
 """Who answers: a model through the decoder, or a server that speaks the OpenAI chat protocol."""
 
+import http.client
 import json
 import time
 import urllib.error
@@ -95,7 +96,7 @@ class UrlAnswerer:
             reply = self._post({"model": self.model, "messages": [{"role": "user", "content": question}],
                                 "temperature": 0, "max_tokens": self.max_new_tokens})
             answer = parse_reply(reply)
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
             answer = Answer(text="", problem=_problem(e))
         return replace(answer, seconds=time.perf_counter() - start)
 
@@ -112,7 +113,7 @@ class UrlAnswerer:
             except urllib.error.HTTPError as e:
                 if attempt == self.retries or not (e.code == 429 or e.code >= 500):
                     raise ValueError(f"server: {e.code} {e.read().decode(errors='replace')[:300]}") from None
-            except (urllib.error.URLError, TimeoutError, ConnectionError):
+            except (OSError, http.client.HTTPException):  # refused, broken off, or too slow
                 if attempt == self.retries:
                     raise
             time.sleep(self.pause * 2**attempt)
@@ -124,6 +125,8 @@ def parse_reply(reply: Any) -> Answer:
     choice = reply["choices"][0]
     message = choice["message"]
     content = message.get("content") or ""
+    if isinstance(content, list):  # typed parts
+        content = "".join(part["text"] for part in content if isinstance(part.get("text"), str))
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""
     unended = bool(thinking) and not content.strip() and choice.get("finish_reason") == "length"
     if not thinking:

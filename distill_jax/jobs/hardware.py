@@ -32,6 +32,6 @@ DEVICES: dict[str, Device] = {
 def parse(text: str) -> tuple[str, Device, int]:
     """`h200:8` -> ("h200", Device, 8). Raises ValueError naming the known devices."""
     name, _, count = text.partition(":")
-    if name not in DEVICES or (count and not count.isdigit()):
+    if name not in DEVICES or (count and not (count.isdigit() and int(count))):
         raise ValueError(f"--on {text!r}: expected NAME or NAME:COUNT with NAME one of {', '.join(DEVICES)}")
     return name, DEVICES[name], int(count or 1)

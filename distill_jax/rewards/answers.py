@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import Literal
 
-from distill_jax.traces.formats.text import TAGS, last_boxed
+from distill_jax.traces.formats.text import TAGS, all_boxed, last_boxed
 
 Kind = Literal["auto", "number", "letter", "bool", "math", "text", "contains"]
 """What an answer is. `auto`: told from the gold; `contains`: the gold occurs in the answer (open questions)."""
@@ -35,7 +35,8 @@ def extract(text: str, kind: Kind = "auto") -> str | None:
     if body is None:
         return None
     body = body.replace("\f", "\\f").replace("\b", "\\b")  # see `_PLAIN`
-    for find in (_tagged, last_boxed, lambda b: _marked(b, kind), lambda b: _stated(b, kind), lambda b: _last(b, kind)):
+    for find in (_tagged, lambda b: _boxed(b, kind), lambda b: _marked(b, kind), lambda b: _stated(b, kind),
+                 lambda b: _last(b, kind)):
         found = find(body)
         if found is not None and found.strip():
             return found.strip() if len(found) <= LONGEST else None
@@ -49,6 +50,11 @@ def _tagged(body: str) -> str | None:
         return None
     inner = body[body.index(">", at) + 1:].partition("</")[0].strip()
     return last_boxed(inner) or inner
+
+
+def _boxed(body: str, kind: Kind) -> str | None:
+    """Content of the last box; where a formula is asked for, of all boxes of the last answer."""
+    return all_boxed(body) if kind == "math" else last_boxed(body)
 
 
 _MARKED = re.compile(r"^(?:#{4} ?|A: )([^\n]+)$", re.MULTILINE)  # GSM8K, and its rendering in model solutions
@@ -67,8 +73,18 @@ _STATED = re.compile(
     re.IGNORECASE)
 
 
+_STATED_ZH = re.compile(
+    r"(?:答案|正确选项|最终结果)(?:应该|应当|应|就)?(?:是|为)?\s*[:：]?[*\s]*(?=(?P<rest>[^\n。]*)(?:\n\s*(?P<next>[^\n。]+))?)"
+    r"|(?:故|应|所以|因此|因而|于是)?选(?:择)?\s*[:：]?\s*(?=(?P<choice>[（(]?[A-J](?![A-Za-z])))")
+
+
 def _stated(body: str, kind: Kind) -> str | None:
     """What follows the last "answer is" or "Answer:" that states something of this kind."""
+    for found in reversed(list(_STATED_ZH.finditer(body[-TAIL:]))):
+        said = found["choice"] or (found["rest"] or "").strip(" *_$") or found["next"] or ""
+        value = _of_kind(said, kind) if kind == "letter" or found["choice"] is None else None
+        if value is not None:
+            return value
     for found in reversed(list(_STATED.finditer(body[-TAIL:]))):
         said = found["rest"] if found["rest"].strip(" *_$") else found["next"] or ""
         value = _of_kind(said, kind)
@@ -103,13 +119,14 @@ def _of_kind(said: str, kind: Kind) -> str | None:
 
 _NUMBER = re.compile(
     r"-?\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
-    r"(?<![\w.])[-+]?(?:\$|\\\$)?[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
+    r"(?<![a-zA-Z0-9_.])[-+]?(?:\$|\\\$)?[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))"
     r"(?:[eE][-+]?[0-9]{1,3})?(?:\s?/\s?[0-9]+)?\s?\\?%?")
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LETTER_FIRST = re.compile(
-    r"(?:(?:option|choice|answer)\s+)?[\s($*\\\"'`]*(?:text\{|textbf\{|mathrm\{|boxed\{)*\(?([A-J])\)?(?![\w'])")
+    r"(?:(?:option|choice|answer)\s+)?[\s(（$*\\\"'`]*(?:text\{|textbf\{|mathrm\{|boxed\{)*\(?([A-J])\)?(?![a-zA-Z0-9_'])")
 _LETTER_LAST = re.compile(
-    r"(?<!\w)\(?([A-J])\)|^[ \t*]*([A-J])[ \t*]*[.:]?[ \t*]*$|\b(?:option|choice) ([A-J])\b", re.MULTILINE)
+    r"(?<![a-zA-Z0-9_])[(（]?([A-J])[)）]|^[ \t*]*([A-J])[ \t*]*[.:]?[ \t*]*$|\b(?i:option|choice) ([A-J])\b"
+    r"|\b(?i:so|choose|pick|select) ([A-J])(?=[.!*]*[ \t]*$)", re.MULTILINE)
 _BOOL = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
 
 
@@ -167,6 +184,7 @@ _PLAIN = str.maketrans({
 def plain(text: str) -> str:
     """Typographic signs as ASCII or LaTeX. Letters of other alphabets that look like Latin ones are left alone."""
     out = re.sub(r"\\sqrt +([0-9]+|[a-z])", r"\\sqrt{\1}", text.translate(_PLAIN))
+    out = re.sub(r"\\([lg]e)qslant(?![a-zA-Z])", r"\\\1", out)
     return out if "\\begin" in out else re.sub(r"\\\\(?=[a-zA-Z])", r"\\", out)  # `\\\\frac` of escaped LaTeX
 
 

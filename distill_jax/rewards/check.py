@@ -175,6 +175,9 @@ def _words(text: str) -> str:
     return " ".join(w for w in kept.split() if w not in ("a", "an", "the"))
 
 
+_RELATION = re.compile(r"[<>≤≥]|\\(?:le|leq|leqslant|lt|ge|geq|geqslant|gt)(?![a-zA-Z])")
+
+
 def math_equal(gold: str, answer: str) -> bool:
     """math-verify's opinion, without time limits of its own (they need the main thread and signals)."""
     from math_verify import parse, verify
@@ -182,6 +185,9 @@ def math_equal(gold: str, answer: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     try:
         left, right = (parse(f"${_bare(t)}$", parsing_timeout=None) for t in (gold, answer))  # type: ignore[arg-type]
+        # `x < 2` for an interval: math-verify takes it the other way round only
+        turned = _RELATION.search(answer) is not None and _RELATION.search(gold) is None
+        left, right = (right, left) if turned else (left, right)
         return bool(left and right and verify(left, right, timeout_seconds=None))
     except (Exception, RecursionError):  # a string that its grammar or sympy cannot take is no equal answer
         return False

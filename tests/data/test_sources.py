@@ -10,6 +10,7 @@ from distill_jax.data.render import Style, render
 from distill_jax.data.rowset import FlatRows
 from distill_jax.data.sources import Mix, Phases, Store, held_out, open_source, serve, stores
 from distill_jax.data.tokenizer import load_tokenizer
+from distill_jax.traces.ops.strip_thinking import StripThinking
 from distill_jax.traces.trace import FLAG_TRUNCATED, Segment, Trace, simple_trace
 from tests.data.storing import make_store, some_traces, topk_of
 
@@ -245,6 +246,12 @@ def test_ops_edit_filter_and_drop_signals(path, tiny):
         thinking = tiny.decode(batch.main.tokens[b][batch.main.roles[b] == THINK])
         assert thinking.split("\n")[1].isupper() == edited and row_id % 5
         assert batch.signals["topk"].mask[b].any() != edited
+
+
+def test_ops_that_leave_no_signal_are_refused(path, tiny):
+    with pytest.raises(ValueError, match=r"changed the text of all 60 rows.*signals=\(\)"):
+        open_source(spec(path, signals=("topk",), ops=(StripThinking(),)), tiny, seed=0)
+    assert open_source(spec(path, ops=(StripThinking(),)), tiny, seed=0).describe()[0]["rows"] == 60
 
 
 def test_mix_keeps_its_shares(tmp_path, path, tiny):

@@ -94,6 +94,14 @@ class Server(BaseHTTPRequestHandler):
             return self._send(503, {"error": "overloaded"})
         if question == "long":
             return self._send(400, {"error": {"message": "This model's maximum context length is 10 tokens"}})
+        if question == "cut":  # the connection ends before the reply does
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            return None
+        if question == "odd":
+            return self._send(200, {"choices": [{"message": None}]})
         if question == "broken":
             return self._send(200, {"choices": []})
         message = {"content": "<think>hm hm</think>\n\nOslo" if question != "split" else "Oslo"}
@@ -133,6 +141,8 @@ def test_server(url):
     assert (split.text, split.thinking) == ("Oslo", "long thought")
     assert busy.text == "Oslo" and Server.failures == 2, "a busy server is asked again"
     assert long.problem.startswith("prompt too long") and broken.problem.startswith("server: IndexError")
+    cut, odd = UrlAnswerer(url=url, model="m", retries=1, pause=0.01)(["cut", "odd"])
+    assert cut.problem.startswith("server: IncompleteRead") and odd.problem.startswith("server: AttributeError")
     path, key, body = Server.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer k"
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 7, 0)
@@ -147,6 +157,8 @@ def test_replies():
     reply = lambda finish="stop", **m: {"choices": [{"message": m, "finish_reason": finish}]}
     assert not parse_reply(reply("length", content="<think>and so on")).finished
     assert not parse_reply(reply("length", content=None, reasoning_content="and so on")).finished
+    parts = [{"type": "text", "text": "Os"}, {"type": "text", "text": "lo"}, {"type": "refusal"}]
+    assert parse_reply(reply(content=parts)).text == "Oslo"
     a = parse_reply(reply(content="hm</think>Oslo") | {"usage": {
         "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 5}}})
     assert (a.text, a.thinking, a.thinking_tokens, a.tokens) == ("Oslo", "hm", 5, 9), "the prompt opened the thinking"

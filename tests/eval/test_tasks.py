@@ -156,9 +156,23 @@ def test_answer_match(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     items = make("answer_match", data=str(path), suffix=" Think.").items()
     assert [i.golds[0] for i in items] == ["4", r"\frac12", "blue"] and items[0].question == "2+2? Think."
-    path.write_text(json.dumps({"q": 1}))
-    with pytest.raises(ValueError, match="no field of"):
+    path.write_text(json.dumps({"q": "2+2?", "a": 4}))
+    with pytest.raises(ValueError, match=r"row 1: no_question.*fields: q, a.*map=\["):
         make("answer_match", data=str(path)).items()
+    mapped = make("answer_match", data=str(path), map=["question=q", "gold=a"]).items()
+    assert [(i.question, i.golds) for i in mapped] == [("2+2?", ("4",))]
+
+
+def test_answer_match_reads_what_importers_read(tmp_path):
+    rows = [{"Body": "Two.", "Question": "And two?", "Answer": 4.0}, {"question": "q", "answer": ""},
+            {"question": "Which?", "options": ["A) 1", "B) 2"], "correct": "B"}, {"input": "i", "target": 7},
+            {"prompt": "p", "answer": "x", "accept": ["y"]}]
+    path = tmp_path / "g.json"
+    path.write_text(json.dumps(rows))
+    items = make("answer_match", data=str(path)).items()
+    assert [(i.question, i.golds) for i in items] == [
+        ("Two. And two?", ("4",)), ("Which?\nA) 1\nB) 2", ("B",)), ("i", ("7",)), ("p", ("x", "y"))]
+    assert len(make("answer_match", data=str(path), questions=2).items()) == 2
 
 
 def test_real_files(data_dir):

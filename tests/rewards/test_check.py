@@ -18,7 +18,10 @@ from distill_jax.rewards.check import Pending, Verdict, check, decide
     ("[2, 5)", "[2,5)", True), ("\\boxed{3√13}", "3\\sqrt{13}", True),
     ("\\boxed{(3, \\dfrac{\\pi}{2})}", "\\left( 3, \\frac{\\pi}{2} \\right)", True),
     ("<think>18", "18", False), ("<think>18</think>", "18", False), ("18</think>17", "18", False),
-    ("1 2\n2 1", "2 1\n1 2", False),
+    ("1 2\n2 1", "2 1\n1 2", False), ("\\boxed{12}\\boxed{}", "12", True), ("\\boxed{3}, \\boxed{4}", "3, 4", True),
+    ("答案是 4。", "4", True), ("所以答案为4个", "4", True), ("共有 3 个，答案：5", "3", False), ("答案：C", "C", True),
+    ("故选：D", "D", True), ("选C。", "C", True), ("正确选项是（B）", "B", True), ("答案是北京。", "北京", True),
+    ("Option C is correct", "C", True), ("A is wrong, so B", "B", True),
 ])
 def test_without_algebra(completion, gold, right):
     verdict = decide(completion, gold)
@@ -30,6 +33,10 @@ def test_without_algebra(completion, gold, right):
     ("\\boxed{\\sqrt{81}}", "9", True),
     ("\\boxed{2,1}", "1,2", True), ("\\boxed{(2,1)}", "(1,2)", False), ("(3,pi/2)", "(3, \\frac{\\pi}{2})", True),
     ("5 or 9", "$9$ or $5$", True), ("\\boxed{x^2}", "x^3", False),
+    ("$x = \\boxed{3}$ or $x = \\boxed{-2}$", "\\{-2, 3\\}", True),
+    ("As $\\boxed{x+1}$ squared is not it: $\\boxed{1+x^2}$", "x^2+1", True),
+    ("\\boxed{x \\leqslant 5}", "(-\\infty, 5]", True), ("\\boxed{x < 5}", "(-\\infty, 5]", False),
+    ("\\boxed{-3 < x < 5}", "(-3, 5)", True), ("\\boxed{(2, \\infty)}", "x > 2", True),
 ])
 def test_with_algebra(completion, gold, right):
     assert isinstance(decide(completion, gold), Pending)

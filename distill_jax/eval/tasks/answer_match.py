@@ -1,28 +1,26 @@
-"""Questions with a reference answer, GSM8K-style: `{"question", "answer"}` rows, checked like rewards are."""
+"""Questions with a reference answer, GSM8K-style and every other form an importer reads, checked like rewards are."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from distill_jax.eval.records import Item, Kind
-from distill_jax.rewards.answers import extract
-from distill_jax.traces.formats import read_rows
-
-QUESTION_FIELDS = ("question", "problem", "prompt", "Problem", "query")
-ANSWER_FIELDS = ("answer", "gold", "target", "solution", "Answer", "final_answer")
+from distill_jax.rewards.verify import golds_of
+from distill_jax.traces.formats import Reject, parse_map
+from distill_jax.traces.formats.questions import read_questions
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerMatch:
-    """data: a JSON, JSONL or Parquet file, gzipped or not. suffix: added to every question.
+    """data: a JSON, JSONL, Parquet or CSV file, gzipped or not. map: `FIELD=PATH` options as of `import`, for fields of
+    other names. suffix: added to every question.
 
     The gold is what follows `####` in the answer where there is one, the boxed part of a solution, else the answer as
-    it stands.
+    it stands; aliases count. Rows without one cannot be graded and are left out.
     """
 
     data: str = ""
     questions: int = 500
     kind: Kind = "auto"
+    map: tuple[str, ...] = ()
     suffix: str = ""
 
     @property
@@ -32,25 +30,20 @@ class AnswerMatch:
     def items(self) -> list[Item]:
         if not self.data:
             raise ValueError("answer_match needs a file of questions and answers: --data FILE")
-        out = []
-        for i, row in enumerate(read_rows(self.data)):
-            if i == self.questions:
+        out: list[Item] = []
+        why = ""
+        for i, (row, trace) in enumerate(read_questions(self.data, parse_map(self.map))):
+            if len(out) == self.questions:
                 break
-            question, answer = _field(row, QUESTION_FIELDS, self.data), _field(row, ANSWER_FIELDS, self.data)
-            out.append(Item(id=str(i), group=str(i), question=question + self.suffix, golds=(gold(answer),),
+            golds = () if isinstance(trace, Reject) else tuple(g for g in golds_of(trace) if g.strip())
+            if isinstance(trace, Reject) or not golds:
+                found = f"{trace}" if isinstance(trace, Reject) else "no reference answer"
+                fields = ", ".join(map(str, row)) if isinstance(row, dict) else str(row)[:80]
+                why = why or f"row {i + 1}: {found}; fields: {fields}"
+                continue
+            out.append(Item(id=str(i), group=str(i), question=trace.question + self.suffix, golds=golds,
                             kind=self.kind))
+        if not out:
+            raise ValueError(f"{self.data}: no question with a reference answer ({why}); name the fields with "
+                             "--set 'map=[question=FIELD, gold=FIELD]'")
         return out
-
-
-def gold(answer: str) -> str:
-    """The reference answer out of a reference solution."""
-    if "####" in answer or "\\boxed" in answer:
-        return extract(answer) or answer.strip()
-    return answer.strip()
-
-
-def _field(row: Mapping[str, Any], names: tuple[str, ...], path: str) -> str:
-    for name in names:
-        if name in row and row[name] is not None:
-            return str(row[name])
-    raise ValueError(f"{path}: no field of {list(names)} in a row with {sorted(row)}")

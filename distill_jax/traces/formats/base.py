@@ -135,12 +135,14 @@ def make_trace(prompt: Sequence[Segment], sample: Sample, facts: RowFacts, style
                               sampling=facts.sampling))
 
 
-def prompt_segments(question: str, system: str) -> list[Segment]:
-    """SYSTEM and QUESTION of a single-turn row. Raises Reject for a blank question."""
+def prompt_segments(question: str, system: str, earlier: Sequence[tuple[str, str]] = ()) -> list[Segment]:
+    """SYSTEM, the (question, answer) turns before, and QUESTION of a row. Raises Reject for a blank question."""
     if not question.strip():
         raise Reject("no_question", "the question is empty")
     out = [Segment(role=SYSTEM, text=system)] if system else []
-    return [*out, Segment(role=QUESTION, text=question)]
+    for turn, (asked, answered) in enumerate(earlier):
+        out += [Segment(role=QUESTION, text=asked, turn=turn), Segment(role=ANSWER, text=answered, turn=turn)]
+    return [*out, Segment(role=QUESTION, text=question, turn=len(earlier))]
 
 
 def only_traces(records: Sequence[Trace | Reject]) -> list[Trace]:

@@ -43,7 +43,7 @@ class ChatFormat:
         path, messages = conversation(row, self.fields)
         if path is None:
             raise Reject("no_messages", f"fields: {', '.join(map(str, row))}")
-        facts = row_facts(row, self.fields, source, index, None, (path,))
+        facts = row_facts(row, self.fields, source, index, written_apart(row, self.fields, path), (path,))
         system = as_text(self.fields.get(row, "system") or "")
         if system and not any(speaker(m) is SYSTEM for m in messages):
             messages = [{"role": "system", "content": system}, *messages]
@@ -65,17 +65,36 @@ def conversation(row: Row, fields: Fields) -> tuple[str | None, list[dict[str, A
     """(path, messages) of a row; of several such fields the known names first. (None, []) where there are none."""
     known = fields.path(row, "messages")
     for path in (known, *row):
-        value = lookup(row, path) if path is not None else None
-        if path is not None and isinstance(value, list) and value and all(
-                isinstance(m, dict) and speaker(m) is not None for m in value):
-            prompt = path != known and path.lower() in NAMES["question"]  # with a completion beside it
-            completion = fields.get(row, "response") if prompt else None
+        value = as_messages(lookup(row, path)) if path is not None else None
+        if path is not None and value:
+            apart = written_apart(row, fields, path)
+            completion = lookup(row, apart) if apart is not None else None
             if isinstance(completion, str):
                 return path, [*value, {"role": "assistant", "content": completion}]
-            if isinstance(completion, list) and completion and all(isinstance(m, dict) for m in completion):
-                return path, [*value, *completion]
-            return path, value
+            return path, [*value, *completion] if completion else value
     return None, []
+
+
+def as_messages(value: Any) -> list[dict[str, Any]] | None:
+    """The messages that a value is, also one written as JSON text (CSV and some Parquet files); None if it is none."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if isinstance(value, list) and value and all(isinstance(m, dict) and speaker(m) is not None for m in value):
+        return value
+    return None
+
+
+def written_apart(row: Row, fields: Fields, path: str) -> str | None:
+    """Path of the completion beside a prompt that is a list of messages; None where the messages hold it all."""
+    if path == fields.path(row, "messages") or path.lower() not in NAMES["question"]:
+        return None
+    apart = fields.path(row, "response")
+    completion = lookup(row, apart) if apart is not None else None
+    messages = isinstance(completion, list) and completion and all(isinstance(m, dict) for m in completion)
+    return apart if messages or isinstance(completion, str) else None
 
 
 def endings(row: Row, messages: list[dict[str, Any]], base: Sample) -> Iterator[tuple[list[dict[str, Any]], Sample]]:

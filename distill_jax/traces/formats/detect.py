@@ -9,10 +9,11 @@ from distill_jax.traces.formats.base import Format, Sample, Style
 from distill_jax.traces.formats.chat import WRITTEN, ChatFormat, conversation, last_text, speaker
 from distill_jax.traces.formats.facts import find_gold
 from distill_jax.traces.formats.fields import Fields, blank, lookup
-from distill_jax.traces.formats.layout import Layout, common_layout, samples
+from distill_jax.traces.formats.layout import Layout, common_layout, find_layout, samples
+from distill_jax.traces.formats.own import TraceFormat, is_trace
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.rows import RowFormat, merge_question
-from distill_jax.traces.formats.text import has_close, is_json_response, opens, split_rationale
+from distill_jax.traces.formats.text import has_close, is_json_response, lacks_open, opens, split_rationale
 
 LOOK = 64
 """Rows looked at to detect the format."""
@@ -29,12 +30,15 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     first = list(islice(rows, LOOK))
     if not first:
         raise ValueError(f"{where}: holds no readable rows")
+    if 2 * sum(map(is_trace, first)) > len(first):
+        return TraceFormat()
     nowhere = [f"{what}={path}" for what, path in fields.mapped.items() if all(blank(lookup(r, path)) for r in first)]
     if nowhere:
         raise ValueError(f"{where}: --map {' '.join(nowhere)} leads nowhere in the first {len(first)} rows; fields of "
                          f"the first row: {', '.join(map(str, first[0]))}")
     chats = [c for row in first if (c := written_conversation(row, fields))]
-    if 2 * len(chats) >= len(first) and "response" not in fields.mapped:
+    sampled = [row for row in first if is_sampled(row, fields)]
+    if 2 * len(chats) >= len(first) > 2 * len(sampled) and "response" not in fields.mapped:
         name = "sharegpt" if any("from" in m for m in chats[0]) else "messages"
         return ChatFormat(name=name, fields=fields, style=style_of([last_text(messages) for messages in chats]))
     merged = [merge_question(row) for row in first]
@@ -57,6 +61,16 @@ def written_conversation(row: Row, fields: Fields) -> list[dict[str, Any]]:
     return messages if speaks else []
 
 
+def is_sampled(row: Row, fields: Fields) -> bool:
+    """Whether a row has flagged samples of its question: a conversation beside them is but one of these."""
+    layout = find_layout(row, fields)
+    if fields.get(row, "question") is None or layout is None or layout.kind != "text":
+        return False
+    texts, flags = lookup(row, layout.response[0]), fields.get(row, "correct")
+    return isinstance(texts, list) and isinstance(flags, list) and len(flags) == len(texts) > 0 and all(
+        isinstance(t, str) for t in texts)
+
+
 def most(paths: Sequence[str | None]) -> str | None:
     counts = Counter(p for p in paths if p is not None)
     return counts.most_common(1)[0][0] if counts else None
@@ -69,7 +83,7 @@ def style_of(texts: Sequence[str]) -> Style:
     half = len(texts) / 2
     tagged = sum(has_close(t) or opens(t) for t in texts)
     return Style(
-        prompt_opens=sum(has_close(t) and not opens(t) for t in texts) >= half,
+        prompt_opens=sum(lacks_open(t) for t in texts) >= half,
         rationale=sum(split_rationale(t) is not None for t in texts) >= half and tagged == 0,
         json=sum(is_json_response(t) for t in texts) >= half)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from distill_jax.traces.formats.fields import SAMPLING, Fields, blank, lookup, scalars
+from distill_jax.traces.formats.fields import SAMPLING, Fields, blank, flag, lookup, scalars
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.text import as_text, final_answer, last_boxed
 
@@ -96,6 +96,7 @@ def parse_tools(value: Any) -> list[Any]:
 
 def source_verdict(value: Any) -> tuple[bool | None, dict[str, float]]:
     """(right or wrong, scores) of a flag or score of the source: a score in [0, 1] is right only when it is 1."""
+    value = value if flag(value) is None else flag(value)
     if isinstance(value, bool):
         return value, {}
     if isinstance(value, int | float) and math.isfinite(value):

@@ -29,9 +29,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "correct_answer", "final_answer", "reward_model.ground_truth", "target", "reference", "answer", "answers",
         "label", "correct", "output", "solution"),
     "golds": ("accept", "aliases", "answer_aliases", "golds"),  # further answers that count as right
-    "correct": ("is_correct", "initial_correct", "correct", "correctness", "passed", "pass", "score", "reward",
-                "accs", "infos.r"),
-    "finish": ("finish_reason", "done_reason", "stop_reason", "finish"),
+    "correct": ("is_correct", "initial_correct", "correct", "correctness", "correctness_math_verify",
+                "correctness_llama", "passed", "pass", "verified", "score", "scores", "reward", "rewards", "accs",
+                "infos.r", "labels"),
+    "finish": ("finish_reason", "finish_reasons", "done_reason", "stop_reason", "finish"),
     "teacher": ("model_name", "model", "teacher", "generator", "model_short_name"),
     "id": ("id", "item_id", "unique_id", "qid", "task_id", "idx", "session_id", "ID"),
     "tools": ("tools", "functions"),
@@ -89,7 +90,9 @@ def fits(what: str, name: str, value: Any) -> bool:
     if what == "messages":
         return isinstance(value, list) and all(isinstance(x, dict) for x in value)
     if what == "correct":
-        return isinstance(value, bool | int | float) or (isinstance(value, list) and fits(what, name, value[0]))
+        if isinstance(value, list):
+            return all(x is None or (not isinstance(x, list) and fits(what, name, x)) for x in value)
+        return isinstance(value, bool | int | float) or (name != "correct" and flag(value) is not None)
     if what == "question":
         return isinstance(value, str)
     if isinstance(value, list) and what in ("response", "thinking", "rationale", "gold"):
@@ -103,8 +106,18 @@ def fits(what: str, name: str, value: Any) -> bool:
     return what in ("golds", "tools") or not isinstance(value, dict)
 
 
+FLAGS = {"true": True, "correct": True, "right": True, "passed": True, "pass": True, "1": True,
+         "false": False, "incorrect": False, "wrong": False, "failed": False, "fail": False, "0": False}
+
+
+def flag(value: Any) -> bool | None:
+    """Right or wrong as a word (a CSV file has nothing else); None for any other value."""
+    return FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
 def blank(value: Any) -> bool:
-    return value is None or value == "" or value == [] or value == {}
+    """Whether a field holds nothing; so does NaN, which tables write for a missing value."""
+    return value is None or value == "" or value == [] or value == {} or value != value
 
 
 def lookup(row: Any, path: str) -> Any:

@@ -59,6 +59,9 @@ def find_layout(row: Row, fields: Fields) -> Layout | None:
         flagged = tuple(k for k, v in row.items() if is_flagged(v))
         if flagged:
             return Layout(kind="flagged", response=flagged)
+        several = next((k for k in row if is_several(row, k, fields)), None)
+        if several is not None:
+            return Layout(kind="text", response=(several,), thinking=find_thinking(row, fields, several, False))
     gold = fields.path(row, "gold")
     if path is None and gold is None:
         return None
@@ -78,8 +81,31 @@ def is_model_field(key: Any, value: Any) -> bool:
 
 
 def is_flagged(value: Any) -> bool:
-    inner = Fields()
-    return isinstance(value, dict) and bool(inner.path(value, "correct")) and bool(inner.path(value, "response"))
+    return isinstance(value, dict) and bool(Fields().path(value, "correct")) and bool(text_path(value))
+
+
+def text_path(sample: dict[str, Any]) -> str | None:
+    """Path of the text of a sample that is an object; `text` is a name for it here, if not in a row."""
+    return Fields().path(sample, "response") or ("text" if isinstance(sample.get("text"), str) else None)
+
+
+def is_several(row: Row, key: Any, fields: Fields) -> bool:
+    """Whether a field of any name holds samples: a list of flagged ones, or of texts that the row flags in parallel."""
+    value = row[key]
+    if not isinstance(key, str) or not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(x, dict) for x in value):
+        return all(is_flagged(x) or (isinstance(x.get("label"), bool) and is_flagged(x | {"correct": x["label"]}))
+                   for x in value)
+    flags = fields.get(row, "correct")
+    return (isinstance(flags, list) and len(flags) == len(value) and all(isinstance(x, str) and x for x in value)
+            and key not in (fields.path(row, "correct"), fields.path(row, "gold"), fields.path(row, "question")))
+
+
+def by_model(value: Any) -> bool:
+    """Whether this is `{"model a": "its text", "model b": ...}`."""
+    return (isinstance(value, dict) and len(value) > 1 and all(isinstance(x, str) for x in value.values())
+            and text_path(value) is None and not {"message", "body", "response"} & value.keys())
 
 
 def find_thinking(row: Row, fields: Fields, response: str, reference: bool) -> str | None:
@@ -116,6 +142,10 @@ def samples(row: Row, layout: Layout, fields: Fields) -> Iterator[Sample]:
         return
     (path,) = layout.response
     value = lookup(row, path)
+    if by_model(value):
+        for model, text in value.items():
+            yield from read_sample(text, None, {"teacher": model})
+        return
     values = value if isinstance(value, list) and not layout.reference else [value]
     if layout.reference and isinstance(value, list):  # answers that all count: the first is learnt
         values = value[:1]
@@ -132,19 +162,22 @@ def read_sample(value: Any, thought: Any, parent: dict[str, Any]) -> Iterator[Sa
     """Samples of one entry of a response: a text, an object with text and flag, or an API's answer with choices."""
     if isinstance(value, dict):
         inner = Fields()
-        if isinstance(value.get("message"), dict):
-            value = value | value["message"]
-        path = inner.path(value, "response") or next((k for k in NAMES["response"] if k in value), None)
+        for envelope in ("response", "body", "message"):  # of a batch file, of an API's choice
+            if isinstance(value.get(envelope), dict):
+                value = {k: v for k, v in value.items() if k != envelope} | value[envelope]
+        path = text_path(value) or next((k for k in NAMES["response"] if k in value), None)
         if path is None:
             return
         below = {what: inner.get(value, what) for what in ("correct", "finish", "teacher")}
+        if below["correct"] is None and isinstance(value.get("label"), bool):
+            below["correct"] = value["label"]
         think = find_thinking(value, inner, path, False)
         for item in as_list(value[path]) or [""]:
             yield from read_sample(item, value.get(think) if think else thought,
                                    parent | {k: v for k, v in below.items() if v is not None})
         return
     correct, scores = source_verdict(parent.get("correct"))
-    yield Sample(text="" if value is None else as_text(value), thinking=None if thought is None else as_text(thought),
+    yield Sample(text="" if blank(value) else as_text(value), thinking=None if thought is None else as_text(thought),
                  correct=correct, scores=scores, finish=as_text(parent.get("finish") or ""),
                  teacher=as_text(parent.get("teacher") or ""))
 

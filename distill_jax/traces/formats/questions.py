@@ -6,12 +6,13 @@ from typing import Any
 
 from distill_jax.core.roles import ANSWER, INJECTED, THINK, TOOL, TOOL_CALL
 from distill_jax.traces.formats.base import Sample, Style, prompt_segments
-from distill_jax.traces.formats.chat import WRITTEN, chat_trace, conversation, speaker
+from distill_jax.traces.formats.chat import WRITTEN, chat_trace, conversation, speaker, written_apart
 from distill_jax.traces.formats.facts import row_facts
 from distill_jax.traces.formats.fields import Fields, Join
 from distill_jax.traces.formats.layout import find_layout
+from distill_jax.traces.formats.own import is_trace
 from distill_jax.traces.formats.read import BadRow, Row, iter_rows
-from distill_jax.traces.formats.rows import merge_question
+from distill_jax.traces.formats.rows import earlier, merge_question
 from distill_jax.traces.formats.text import Reject, as_text
 from distill_jax.traces.trace import Provenance, Trace
 
@@ -36,12 +37,12 @@ def read_questions(path: str | Path, fields: Fields | None = None, joins: Sequen
 
 def question_of(row: Row, fields: Fields, source: str, index: int) -> Trace:
     """The question of a row, with its gold answer where there is one. Raises Reject where there is no question."""
-    if isinstance(row.get("segments"), list):  # a `Trace` as JSON
+    if is_trace(row):
         trace = Trace.from_json(row)
         return prompt_only(trace.replace(provenance=Provenance(source=source, row=index)))
     path, messages = conversation(row, fields)
     if path is not None:
-        facts = row_facts(row, fields, source, index, None, (path,))
+        facts = row_facts(row, fields, source, index, written_apart(row, fields, path), (path,))
         if speaker(messages[-1]) not in WRITTEN:  # nobody has answered: an empty turn marks where to write
             messages = [*messages, {"role": "assistant", "content": "."}]
         system = as_text(fields.get(row, "system") or "")
@@ -56,7 +57,7 @@ def question_of(row: Row, fields: Fields, source: str, index: int) -> Trace:
     used = (asked, *(layout.paths if layout is not None else ()))
     response = None if layout is None or layout.reference else layout.response[0]
     facts = row_facts(row, fields, source, index, response, used)
-    prompt = prompt_segments(as_text(question), as_text(fields.get(row, "system") or ""))
+    prompt = prompt_segments(as_text(question), as_text(fields.get(row, "system") or ""), earlier(row))
     return Trace(segments=tuple(prompt), gold=facts.gold, meta=facts.meta,
                  provenance=Provenance(source=source, row=index))
 

@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -46,8 +46,6 @@ def iter_rows(path: str | Path) -> Iterator[Row | BadRow]:
     except (OSError, EOFError, zlib.error) as e:  # gzip.BadGzipFile is an OSError
         reason = e.strerror if isinstance(e, OSError) and e.strerror else (str(e) or type(e).__name__)
         raise ValueError(f"{path}: cannot be read: {reason}") from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text (byte {e.start}: {e.reason}); expected {_KINDS}") from None
     if empty:
         raise ValueError(f"{path}: holds no rows; expected {_KINDS}")
 
@@ -60,11 +58,12 @@ def _rows(path: Path) -> Iterator[Any]:
             return
         f.seek(0)
         stem = path.name.lower().removesuffix(".gz")
-        with io.TextIOWrapper(f, encoding="utf-8-sig", newline="" if stem.endswith(".csv") else None) as text:
+        newline = "" if stem.endswith(".csv") else None
+        with io.TextIOWrapper(f, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
             if stem.endswith(".csv"):
                 yield from _csv_rows(path, text)
             elif stem.endswith(".txt"):
-                yield from ({"text": line.rstrip("\n")} for line in text if line.strip())
+                yield from ({"text": line.rstrip("\n")} for line in _checked(path, text) if line.strip())
             else:
                 yield from _json_rows(path, text, lines=stem.endswith((".jsonl", ".ndjson")))
 
@@ -88,10 +87,18 @@ def _parquet_rows(path: Path, f: IO[bytes]) -> Iterator[Row]:
         raise ValueError(f"{path}: not readable as Parquet: {str(e).splitlines()[0]}") from None
 
 
+def _checked(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a file that has to be UTF-8 as a whole. Raises ValueError where it is not."""
+    for number, line in enumerate(lines, start=1):
+        if _not_utf8(line):
+            raise ValueError(f"{path}: not UTF-8 text (line {number}); expected {_KINDS}")
+        yield line
+
+
 def _csv_rows(path: Path, text: IO[str]) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)  # a trace is longer than the default of 128 KiB
     try:
-        for row in csv.DictReader(text):
+        for row in csv.DictReader(_checked(path, text)):
             yield BadRow(reason="bad_csv", text=str(row)[:200]) if None in row or None in row.values() else row
     except csv.Error as e:
         raise ValueError(f"{path}: not readable as CSV: {e}") from None
@@ -109,14 +116,16 @@ def _json_rows(path: Path, text: IO[str], lines: bool) -> Iterator[Any]:
     if not first.strip():
         return
     try:
-        head = json.loads(first)
+        head = None if _not_utf8(first) else _loads(first)
     except ValueError:
+        head = None
+    if head is None:
         rest = text.read()
         if first.lstrip()[0] == "{" and _has_json_line(rest):  # a JSONL file whose first line is broken
             yield _line(first)
             yield from (_line(x) for x in rest.split("\n") if x.strip())
             return
-        yield from _unpack(path, _whole(path, first + rest))
+        yield from _unpack(path, _whole(path, "".join(_checked(path, (first + rest).splitlines(keepends=True)))))
         return
     following = (line for line in text if line.strip())
     second = next(following, None)
@@ -128,9 +137,21 @@ def _json_rows(path: Path, text: IO[str], lines: bool) -> Iterator[Any]:
     yield from (_line(x) for x in following)
 
 
+def _not_utf8(text: str) -> bool:
+    """Whether bytes that are no UTF-8 were met (they are kept as lone surrogates, which UTF-8 cannot hold)."""
+    return not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def _loads(text: str) -> Any:
+    """JSON, with null for NaN and infinities: what Python and pandas write where a value is missing."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 def _line(line: str) -> Any:
+    if _not_utf8(line):
+        return BadRow(reason="not_utf8", text=line[:200].encode(errors="replace").decode().strip())
     try:
-        return json.loads(line)
+        return _loads(line)
     except (ValueError, RecursionError):
         return BadRow(reason="bad_json", text=line[:200].strip())
 
@@ -148,7 +169,7 @@ def _has_json_line(text: str) -> bool:
 
 def _whole(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return _loads(text)
     except RecursionError:
         raise ValueError(f"{path}: JSON nested too deeply") from None
     except ValueError as e:

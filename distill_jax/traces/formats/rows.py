@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from distill_jax.traces.formats.base import Style, make_trace, only_traces, prompt_segments
 from distill_jax.traces.formats.facts import row_facts
-from distill_jax.traces.formats.fields import Fields
+from distill_jax.traces.formats.fields import Fields, blank
 from distill_jax.traces.formats.layout import Layout, find_layout, samples
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.text import Reject, as_text
@@ -34,7 +34,7 @@ class RowFormat:
             raise Reject("no_response", f"fields: {', '.join(map(str, row))}")
         facts = row_facts(row, self.fields, source, index, layout.response[0],
                           (self.fields.path(row, "question"), *layout.paths))
-        prompt = prompt_segments(as_text(question), as_text(self.fields.get(row, "system") or ""))
+        prompt = prompt_segments(as_text(question), as_text(self.fields.get(row, "system") or ""), earlier(row))
         out: list[Trace | Reject] = []
         for sample in found:
             try:
@@ -45,6 +45,18 @@ class RowFormat:
 
     def traces(self, row: Row, source: str, index: int) -> list[Trace]:
         return only_traces(self.records(row, source, index))
+
+
+def earlier(row: Row) -> list[tuple[str, str]]:
+    """Earlier turns of an Alpaca-style row, `history: [[question, answer], ...]`. Raises Reject for one of another
+    form, which cannot be left out: the last question may not be understood without it."""
+    history = row.get("history")
+    if blank(history):
+        return []
+    if not isinstance(history, list) or not all(
+            isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in history):
+        raise Reject("malformed_history", str(history)[:80])
+    return [(question, answer) for question, answer in history]
 
 
 def merge_question(row: Row) -> Row:

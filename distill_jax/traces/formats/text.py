@@ -43,6 +43,10 @@ TAGS = (
          answer_open="<|begin_of_solution|>", answer_close="<|end_of_solution|>"),
     Tags(open="[THINK]", close="[/THINK]"),
     Tags(open="<reasoning>", close="</reasoning>"),
+    Tags(open="<thought>", close="</thought>", answer_open="<output>", answer_close="</output>"),
+    Tags(open="<Think>", close="</Think>"),
+    Tags(open="<seed:think>", close="</seed:think>"),
+    Tags(open="◁think▷", close="◁/think▷"),
 )
 
 
@@ -107,6 +111,12 @@ def has_close(text: str) -> bool:
     return any(t.close in text for t in TAGS)
 
 
+def lacks_open(text: str) -> bool:
+    """Whether the thinking ends but does not begin here: the opening tag was in the prompt."""
+    tags = next((t for t in TAGS if t.close in text), None)
+    return tags is not None and tags.open not in text.partition(tags.close)[0]
+
+
 def opens(text: str) -> bool:
     return any(text.lstrip().startswith(t.open) for t in TAGS)
 
@@ -138,7 +148,7 @@ def final_answer(text: str) -> str | None:
     split = split_rationale(text)
     if split is not None and split[1][0] in "#A":
         return split[1].lstrip("#").removeprefix("A:").strip() or None
-    boxed = last_boxed(text)
+    boxed = all_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
     if split is not None:
@@ -147,7 +157,7 @@ def final_answer(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last `\\boxed{...}` (or `\\fbox{...}`, or `\\boxed 5`), None where there is none.
+    """Content of the last `\\boxed{...}` (or `\\fbox{...}`, or `\\boxed 5`) that holds something, or None.
 
     Braces are balanced, escaped ones skipped; a box that is never closed (a cut text) does not count. The scan is
     bounded: the last 8 boxes of at most 20,000 characters.
@@ -162,10 +172,31 @@ def last_boxed(text: str) -> str | None:
             inner = _balanced(rest)
         else:
             inner = next(iter(rest.split("$")[0].split()), None)
-        if inner is not None:
+        if inner is not None and inner.strip():
             return inner
         end = at
     return None
+
+
+_BETWEEN = re.compile(  # what may stand between the boxes of one answer: `$x = \\boxed{3}$ or $x = \\boxed{-2}$`
+    r"(?=[^a-z]*(?:[,;、和或]|and|or))[\s$,;.&\\()\[\]]*(?:\\text\{)?(?:and|or|和|或|、)?\}?[\s$\\(\[]*(?:[a-z](?:_\{?[0-9]\}?)?\s*=\s*)?")
+
+
+def all_boxed(text: str) -> str | None:
+    """Contents of the boxes of one answer, joined by commas: those before the last one that only `and` or a comma
+    separates from it. None where there is none."""
+    last = last_boxed(text)
+    parts: list[str] = []
+    end = len(text)
+    while last is not None and len(parts) < 8 and (at := text.rfind("\\boxed{", 0, end)) >= 0:
+        inner = _balanced(text[at + 6:at + 20_000])
+        if inner is None or not inner.strip():
+            break
+        if parts and not _BETWEEN.fullmatch(text[at + 8 + len(inner):end][:60]):
+            break
+        parts.insert(0, inner)
+        end = at
+    return ", ".join(parts) if len(parts) > 1 else last
 
 
 def _balanced(text: str) -> str | None:

@@ -99,6 +99,16 @@ def test_final_answer(text, answer):
     assert final_answer(text) == answer
 
 
+@pytest.mark.parametrize("text,answer", [
+    ("the answers are $\\boxed{-2}$ and $\\boxed{1}$.", "-2, 1"),
+    ("$x =\\boxed{ -\\tfrac32}$ and $x = \\boxed{-\\tfrac34},$ respectively", "-\\tfrac32, -\\tfrac34"),
+    ("First $\\boxed{2}$, which is not it and so $\\boxed{3}$.", "3"),
+    ("\\boxed{2}\n\\boxed{3}", "3"), ("\\boxed{2} and \\boxed{}", "2"), ("\\boxed{2} and \\boxed{3", "2"),
+])
+def test_an_answer_in_several_boxes(text, answer):
+    assert final_answer(text) == answer
+
+
 @pytest.mark.parametrize("text,inside", [
     (r"\boxed{5} or \boxed{18}", "18"), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"$\boxed 5$", "5"), (r"\fbox{a}", "a"),
     (r"\boxed{5} and \boxed{cut", "5"), (r"\boxed{", None), ("none", None),
