@@ -10,6 +10,7 @@ from distill_jax.traces.formats.chat import WRITTEN, ChatFormat, conversation, l
 from distill_jax.traces.formats.facts import find_gold
 from distill_jax.traces.formats.fields import Fields, blank, lookup
 from distill_jax.traces.formats.layout import Layout, common_layout, samples
+from distill_jax.traces.formats.own import TraceFormat, is_trace
 from distill_jax.traces.formats.read import Row
 from distill_jax.traces.formats.rows import RowFormat, merge_question
 from distill_jax.traces.formats.text import has_close, is_json_response, opens, split_rationale
@@ -33,6 +34,8 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     if nowhere:
         raise ValueError(f"{where}: --map {' '.join(nowhere)} leads nowhere in the first {len(first)} rows; fields of "
                          f"the first row: {', '.join(map(str, first[0]))}")
+    if not fields.mapped and 2 * sum(is_trace(row) for row in first) >= len(first):
+        return TraceFormat()
     chats = [c for row in first if (c := written_conversation(row, fields))]
     if 2 * len(chats) >= len(first) and "response" not in fields.mapped:
         name = "sharegpt" if any("from" in m for m in chats[0]) else "messages"
