@@ -253,8 +253,8 @@ def _unknown(recipe: Recipe, path: str) -> ValueError:
     return ValueError(f"--set {path}: no such field" + (f"; did you mean {', '.join(ranked)}?" if ranked else ""))
 
 
-def write_or_compare(recipe: Recipe) -> None:
-    """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference."""
+def write_or_compare(recipe: Recipe) -> bool:
+    """Write `recipe.yaml` at the first start (True); later refuse a changed recipe, showing the difference."""
     path = recipe.folder / "recipe.yaml"
     new = spec.to_plain(recipe)
     if path.is_file():
@@ -263,8 +263,9 @@ def write_or_compare(recipe: Recipe) -> None:
         if changes:
             raise ValueError(f"{recipe.folder} was made by another recipe:\n  " + "\n  ".join(changes)
                              + "\nresume with the old values, or give the run another name (--set name=...)")
-        return
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
     tmp.write_text(recipe.to_yaml())
     tmp.replace(path)
+    return True

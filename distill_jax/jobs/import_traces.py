@@ -106,7 +106,7 @@ def write_candidates(out: "Output", candidates: Iterator[Candidate], tok: Tokeni
         tally.add(c)
         if c.rejected is not None:
             out.reject(c)
-        ticker.at(tally.rows_in, f"{tally.kept:,} of {tally.traces:,} traces kept")
+        ticker.at(tally.rows_in, f"rows read, {tally.kept:,} of {tally.traces:,} traces kept")
 
 
 @dataclass

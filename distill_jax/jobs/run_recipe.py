@@ -1,6 +1,8 @@
 """Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 from distill_jax.jobs import processes
@@ -8,12 +10,34 @@ from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, 
 from distill_jax.loading import local_folder
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, write_or_compare
 
+LAID_OUT = ("recipe.yaml", "run.json", "time.json")
+"""What stands in a run before anything is computed, beside `model/` and the header of TensorBoard's file."""
+
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
     """Run every stage that is not done. Returns False when a stage was stopped and will continue at the next start."""
+    new = False
     if processes.index() == 0:
-        write_or_compare(recipe)
+        new = write_or_compare(recipe)
         (recipe.folder / "run.json").write_text(json.dumps({"final": _final(recipe)}))
+    try:
+        return _run_stages(recipe, echo)
+    except Exception:
+        if new:
+            forget_unless_made(recipe.folder)
+        raise
+
+
+def forget_unless_made(folder: Path) -> None:
+    """Delete a run that failed before it made anything: else the corrected command would be refused as another
+    recipe's."""
+    made = [p for p in folder.rglob("*") if p.is_file() and p.name not in LAID_OUT and p.parent.name != "model"
+            and not p.name.startswith("events.out")]
+    if not made:
+        shutil.rmtree(folder)
+
+
+def _run_stages(recipe: Recipe, echo: Echo) -> bool:
     for stage in recipe.stages:
         folder = recipe.stage_folder(stage.name)
         marker = folder / "done.json"
