@@ -192,9 +192,17 @@ def dump(value: Any) -> str:
     return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True, width=110)
 
 
-def load(text: str) -> Any:
-    """Spec from YAML text."""
-    return from_plain(yaml.safe_load(text))
+def load(text: str, where: str = "") -> Any:
+    """Spec from YAML text; `where` names it in errors."""
+    return from_plain(parse(text, where))
+
+
+def parse(text: str, where: str = "") -> Any:
+    """Plain value of YAML text. Raises ValueError, in one line, where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ValueError(f"{_at(where)}not YAML: {' '.join(str(e).split())}") from None
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,36 @@
+"""Recipes and `--set` values that cannot be read: one line that names the place."""
+
+from pathlib import Path
+
+import pytest
+
+from distill_jax.recipe import load_recipe
+
+SFT = str(Path(__file__).parents[1] / "configs/recipes/sft.py")
+
+
+@pytest.mark.parametrize("name,text,says", [
+    ("a.py", "def recipe(: pass", r"a\.py: SyntaxError: invalid syntax \(a\.py, line 1\)"),
+    ("a.py", "x = 1\n\n\ndef recipe():\n    return y", r"a\.py, line 5: NameError: name 'y' is not defined"),
+    ("a.py", "import nosuchmodule", r"a\.py, line 1: ModuleNotFoundError"),
+    ("a.py", "x = 1", r"a\.py: there is no function recipe\(\)"),
+    ("a.py", "def recipe():\n    return 3", "expected a Recipe, got int"),
+    ("a.yaml", "a: [", r"a\.yaml: not YAML: .*line 1"),
+    ("a.yaml", "a: 3", "expected a Recipe, got dict"),
+    ("a.jsonl", "{}", r"a\.jsonl is no recipe: expected a \.py file"),
+])
+def test_files_that_are_no_recipe(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=says) as e:
+        load_recipe(tmp_path / name)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("item,says", [
+    ("steps=[", r"--set steps=\[: not YAML"), ("steps", "expected path=value"), ("steps=many", "expected int"),
+    ("optim.peak_lrr=1", r"no such field; did you mean optim\.peak_lr"),
+])
+def test_overrides_that_do_not_fit(item, says):
+    with pytest.raises(ValueError, match=says) as e:
+        load_recipe(SFT, [item])
+    assert "\n" not in str(e.value)
