@@ -31,8 +31,8 @@ def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
 def forget_unless_made(folder: Path) -> None:
     """Delete a run that failed before it made anything: else the corrected command would be refused as another
     recipe's."""
-    made = [p for p in folder.rglob("*") if p.is_file() and p.name not in LAID_OUT and p.parent.name != "model"
-            and not p.name.startswith("events.out")]
+    made = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and p.name not in LAID_OUT
+            and p.parent.name != "model" and not p.name.startswith("events.out")]
     if not made:
         shutil.rmtree(folder)
 

@@ -15,6 +15,8 @@ def fails(context: RunContext, ok: str = "") -> None:
     (context.folder / "model").mkdir(exist_ok=True)
     (context.folder / "model" / "config.json").write_text("{}")
     (context.folder / "checkpoints").mkdir(exist_ok=True)
+    (context.folder / "metrics").mkdir(exist_ok=True)
+    (context.folder / "metrics" / "train.jsonl").touch()
     if not ok:
         raise ValueError("no trace store")
 
