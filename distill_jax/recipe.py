@@ -156,6 +156,9 @@ class Recipe:
         names = [s.name for s in self.stages]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a recipe needs at least one stage and distinct stage names, got {names}")
+        for name in (self.name, *names):  # they are folders
+            if not name or {"", ".", ".."} & set(name.split("/")):
+                raise ValueError(f"name {name!r}: expected the name of a folder, e.g. kd or 2024/kd")
 
     @property
     def folder(self) -> Path:

@@ -28,6 +28,8 @@ def test_files_that_are_no_recipe(tmp_path, name, text, says):
 
 @pytest.mark.parametrize("item,says", [
     ("steps=[", r"--set steps=\[: not YAML"), ("steps", "expected path=value"), ("steps=many", "expected int"),
+    ("name=", "name '': expected the name of a folder"), ("name=../x", r"name '\.\./x': expected"),
+    ("source.signals=topk8", r"got 'topk8' \(str\), expected a list, e\.g\. \[topk8\]"),
     ("optim.peak_lrr=1", r"no such field; did you mean optim\.peak_lr"),
 ])
 def test_overrides_that_do_not_fit(item, says):

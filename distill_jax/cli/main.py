@@ -6,6 +6,7 @@ shows the traceback.
 """
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as e:
         if debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {said(e)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
 
@@ -81,6 +82,15 @@ def _wanted(args: list[str]) -> list[str] | None:
         raise ValueError(f"no command {args[0]!r}" + (f"; did you mean {' or '.join(near)}?" if near else
                                                       f"; commands: {', '.join(COMMANDS)}"))
     return [args[0]]
+
+
+def said(error: Exception) -> str:
+    """An error in one line; what the operating system says gets the file in front, and a full disk what to do."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno == errno.ENOSPC and "free some" not in error.strerror
+    return f"{where}{error.strerror}{'; free some space and run the same command again' if full else ''}"
 
 
 def usage(error: typer.BadParameter) -> str:

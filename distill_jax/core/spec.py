@@ -183,7 +183,7 @@ def _coerce_scalar(value: Any, hint: Any, origin: Any, where: str) -> Any:
         return by_name(value) if isinstance(value, str) else value
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    name = getattr(hint, "__name__", str(hint))
+    name = f"a list, e.g. [{value}]" if origin in (tuple, list) else getattr(hint, "__name__", str(hint))
     raise ValueError(f"{_at(where)}got {value!r} ({type(value).__name__}), expected {name}")
 
 

@@ -1,8 +1,10 @@
 """What the command line says when it is called wrongly: one line, exit code 2."""
 
+import errno
+
 import pytest
 
-from distill_jax.cli.main import COMMANDS, main
+from distill_jax.cli.main import COMMANDS, main, said
 
 
 def run(capsys, *args: str) -> tuple[int, str, str]:
@@ -34,3 +36,14 @@ def test_no_command_is_the_help(capsys):
     assert run(capsys, "--help")[0] == 0
     with pytest.raises(Exception, match="files"):
         main(["import", "--debug"])
+
+
+@pytest.mark.parametrize("error,text", [
+    (ValueError("a"), "a"), (FileNotFoundError("no recipe x"), "no recipe x"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.py"), "x.py: No such file or directory"),
+    (OSError(errno.ENOSPC, "No space left on device"),
+     "No space left on device; free some space and run the same command again"),
+    (OSError(errno.ENOSPC, "s: no space left; free some space"), "s: no space left; free some space"),
+])
+def test_errors_of_the_system_are_told_without_numbers(error, text):
+    assert said(error) == text
