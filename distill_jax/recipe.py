@@ -8,12 +8,11 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from distill_jax.core import spec
 from distill_jax.data.sources import Source
@@ -157,6 +156,9 @@ class Recipe:
         names = [s.name for s in self.stages]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a recipe needs at least one stage and distinct stage names, got {names}")
+        for name in (self.name, *names):  # they are folders
+            if not name or {"", ".", ".."} & set(name.split("/")):
+                raise ValueError(f"name {name!r}: expected the name of a folder, e.g. kd or 2024/kd")
 
     @property
     def folder(self) -> Path:
@@ -189,23 +191,35 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         near = difflib.get_close_matches(path.name, there, n=2)
         raise FileNotFoundError(f"no recipe {path}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     if path.suffix in (".yaml", ".yml"):
-        recipe = spec.load(path.read_text())
+        recipe = spec.load(path.read_text(), str(path))
+    elif path.suffix == ".py":
+        recipe = _of_python(path)
     else:
-        _make_importable(path)
-        module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-        assert module_spec and module_spec.loader
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_spec.name] = module
-        module_spec.loader.exec_module(module)
-        if not hasattr(module, "recipe"):
-            raise ValueError(f"{path} has no function recipe() -> Recipe")
-        recipe = module.recipe()
+        raise ValueError(f"{path} is no recipe: expected a .py file with recipe() -> Recipe, or a .yaml file")
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{path}: expected a Recipe, got {type(recipe).__name__}")
     for item in overrides or []:
         recipe = override(recipe, item)
     recipe.to_yaml()  # refuses closures before anything runs
     return recipe
+
+
+def _of_python(path: Path) -> Any:
+    """What `recipe()` of a Python file returns. Raises ValueError naming the line where the file is at fault."""
+    _make_importable(path)
+    module_spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "recipe"):
+            raise ValueError("there is no function recipe() -> Recipe in it")
+        return module.recipe()
+    except Exception as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+        raise ValueError(f"{path}{f', line {lines[-1]}' if lines else ''}: {kind}{e}") from e
 
 
 def _make_importable(path: Path) -> None:
@@ -223,7 +237,7 @@ def override(recipe: Recipe, item: str) -> Recipe:
     path, eq, text = item.partition("=")
     if not eq or not path:
         raise ValueError(f"--set {item!r}: expected path=value, e.g. optim.peak_lr=1e-5")
-    value = yaml.safe_load(text) if text else ""
+    value = spec.parse(text, f"--set {item}") if text else ""
     own = {f.name for f in dataclasses.fields(recipe)}
     if path.split(".")[0] in own:
         try:
@@ -259,7 +273,7 @@ def write_or_compare(recipe: Recipe) -> None:
     path = recipe.folder / "recipe.yaml"
     new = spec.to_plain(recipe)
     if path.is_file():
-        old = yaml.safe_load(path.read_text())
+        old = spec.parse(path.read_text(), str(path))
         changes = spec.diff(old, new)
         if changes and _begun(recipe.folder):
             raise ValueError(f"{recipe.folder} was made by another recipe:\n  " + "\n  ".join(changes)
@@ -276,4 +290,5 @@ def _begun(folder: Path) -> bool:
     """Whether a run has made anything: a checkpoint, a store, a report, more than what every start writes."""
     every_start = {"recipe.yaml", "run.json", "time.json"}
     files = (p for p in folder.rglob("*") if p.is_file() and p.name not in every_start)
+    files = (p for p in files if p.stat().st_size and not p.name.startswith("events.out"))
     return any(p.parent.name != "model" or p.name == "done.json" for p in files)

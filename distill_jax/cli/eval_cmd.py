@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 Opt = typer.Option
 
@@ -43,6 +42,8 @@ def evaluate(
 
 
 def _options(data: str, k: str, questions: int, seed: int | None, rest: list[str]) -> dict[str, Any]:
+    from distill_jax.core.spec import parse
+
     out: dict[str, Any] = {}
     if data:
         out["data"] = data
@@ -58,7 +59,7 @@ def _options(data: str, k: str, questions: int, seed: int | None, rest: list[str
         name, equals, value = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set takes name=value, got {assignment!r}")
-        out[name] = yaml.safe_load(value)
+        out[name] = parse(value, f"--set {assignment}")
     return out
 
 

@@ -183,7 +183,7 @@ def _coerce_scalar(value: Any, hint: Any, origin: Any, where: str) -> Any:
         return by_name(value) if isinstance(value, str) else value
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    name = getattr(hint, "__name__", str(hint))
+    name = f"a list, e.g. [{value}]" if origin in (tuple, list) else getattr(hint, "__name__", str(hint))
     raise ValueError(f"{_at(where)}got {value!r} ({type(value).__name__}), expected {name}")
 
 
@@ -192,9 +192,17 @@ def dump(value: Any) -> str:
     return yaml.safe_dump(to_plain(value), sort_keys=False, allow_unicode=True, width=110)
 
 
-def load(text: str) -> Any:
-    """Spec from YAML text."""
-    return from_plain(yaml.safe_load(text))
+def load(text: str, where: str = "") -> Any:
+    """Spec from YAML text; `where` names it in errors."""
+    return from_plain(parse(text, where))
+
+
+def parse(text: str, where: str = "") -> Any:
+    """Plain value of YAML text. Raises ValueError, in one line, where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ValueError(f"{_at(where)}not YAML: {' '.join(str(e).split())}") from None
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

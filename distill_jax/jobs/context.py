@@ -1,5 +1,6 @@
 """What a stage of a recipe is handed when it runs."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -33,8 +34,9 @@ class Stopwatch:
     def total(self) -> float:
         return self.before + time.monotonic() - self.start
 
-    def __exit__(self, *_: object) -> None:
-        write_json(self.path, {"seconds": self.total})
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(*([OSError] if kind else [])):  # a full disk has been said already
+            write_json(self.path, {"seconds": self.total})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -42,8 +44,11 @@ def write_json(path: Path, value: Any) -> None:
     if processes.index():
         return
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(value, indent=1))
-    tmp.replace(path)
+    try:
+        tmp.write_text(json.dumps(value, indent=1))
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

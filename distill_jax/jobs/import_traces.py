@@ -29,6 +29,7 @@ from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import Journal
 from distill_jax.traces.store import StoreHeader, TraceStore
 from distill_jax.traces.store.kv import Kv
+from distill_jax.traces.store.store import MANIFEST
 from distill_jax.traces.store.writers import StoreWriter
 
 SUMMARY, REJECTS, VERDICTS = "summary.json", "rejects.jsonl", "verdicts.jsonl"
@@ -46,6 +47,14 @@ class ImportJob:
     workers: int | None = None
     timeout: float = 5.0
     shard_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1:
+            raise ValueError(f"--shard-rows must be at least 1, got {self.shard_rows}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {self.workers}")
+        if self.timeout <= 0:
+            raise ValueError(f"--check-timeout must be more than 0 seconds, got {self.timeout:g}")
 
 
 def import_traces(job: ImportJob, ticker: Ticker | None = None) -> dict[str, Any]:
@@ -65,9 +74,13 @@ def import_traces(job: ImportJob, ticker: Ticker | None = None) -> dict[str, Any
     with out, ticker, Checker(job.workers, job.timeout) as checker:
         tally = Tally(settings=header.extra["import"], formats={s.file: s.format.name for s in sources})
         journal = Journal(out.journal) if job.inputs.verify else None
-        write_candidates(out, judged(sources, job.inputs, checker, journal), tok, tally, ticker)
-        if not tally.kept:
-            raise ValueError(tally.nothing_kept())
+        try:
+            write_candidates(out, judged(sources, job.inputs, checker, journal), tok, tally, ticker)
+            if not tally.kept:
+                raise ValueError(tally.nothing_kept())
+        except ValueError:  # of a file that cannot be read to its end: no later start could go on from here
+            out.discard()
+            raise
         return out.publish(tally)
 
 
@@ -93,7 +106,7 @@ def write_candidates(out: "Output", candidates: Iterator[Candidate], tok: Tokeni
         tally.add(c)
         if c.rejected is not None:
             out.reject(c)
-        ticker.at(tally.rows_in, f"{tally.kept:,} of {tally.traces:,} traces kept")
+        ticker.at(tally.rows_in, f"rows read, {tally.kept:,} of {tally.traces:,} traces kept")
 
 
 @dataclass
@@ -163,6 +176,8 @@ class Output:
                  other: Sequence[str] = ()) -> None:
         self.kv, self.header, self.shard_rows = Kv(url), header, shard_rows
         self.local = Path(self.kv.spec["path"]) if self.kv.spec["driver"] == "file" else None
+        if self.local is not None and self.local.exists() and not self.local.is_dir():
+            raise ValueError(f"{url} is a file; --out takes the folder or URL of a store to write")
         try:
             self.store: TraceStore | None = TraceStore.open(url)
         except FileNotFoundError:
@@ -177,6 +192,7 @@ class Output:
                                  "name another --out")
         self._rejects: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
         self._writer: StoreWriter | None = None
+        self._began = False
 
     @property
     def journal(self) -> Path:
@@ -203,7 +219,7 @@ class Output:
 
     def append(self, row: Any, state: dict[str, Any]) -> None:
         if self.store is None:
-            self.store = TraceStore.create(self.kv.url, self.header)
+            self.store, self._began = TraceStore.create(self.kv.url, self.header), True
         self._writer = self._writer or self.store.writer(self.shard_rows)
         self._writer.append(row, state)
 
@@ -211,6 +227,17 @@ class Output:
         entry = {"reason": c.rejected, "detail": c.detail, "file": c.file, "row_number": c.index, "sample": c.sample,
                  "row": c.row}
         self._rejects.write(json.dumps(entry).encode() + b"\n")
+
+    def discard(self) -> None:
+        """Delete the store if this start began it."""
+        if not self._began:
+            return
+        if self._writer is not None:
+            self._writer.abort()
+        for folder in ("shards/", "data/"):
+            self.kv.delete(folder)
+        self.kv.remove(MANIFEST)
+        self.store = None
 
     def publish(self, tally: Tally) -> dict[str, Any]:
         """Complete the store, then the rejects, then the summary, each whole or not at all."""

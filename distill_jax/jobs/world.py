@@ -24,14 +24,17 @@ def write_world(spec: WorldSpec, n: int, out: Path) -> dict[str, float]:
     part = out.with_name(out.name + ".part")
     seen: Counter[str] = Counter()
     bits = words = thought = 0.0
-    with part.open("w") as f:
-        for t in traces(spec, n):
-            f.write(json.dumps(t.to_json(), ensure_ascii=False) + "\n")
-            seen[t.group] += 1
-            bits += t.scores["oracle_bits"]
-            words += len(t.question.split())
-            thought += len(t.thinking.split())
-    os.replace(part, out)
+    try:
+        with part.open("w") as f:
+            for t in traces(spec, n):
+                f.write(json.dumps(t.to_json(), ensure_ascii=False) + "\n")
+                seen[t.group] += 1
+                bits += t.scores["oracle_bits"]
+                words += len(t.question.split())
+                thought += len(t.thinking.split())
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     return {"traces": n, "different_questions": len(seen), "question_words": words / n,
             "thinking_words": thought / n, "oracle_bits": bits / n,
             "oracle_bits_per_word": bits / thought if thought else 0.0}

@@ -5,10 +5,12 @@ alone restores (`StandardCheckpointer().restore(path)`); `loop` holds the small 
 Orbax writes a step under a temporary name and renames it when it is complete: a killed save leaves nothing to find.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,30 @@ from distill_jax.train.state import TrainState, shape_of
 Tree = Any
 LOOP = ("step", "controllers", "rng", "skipped")
 COMMITTED = "commit_success.txt"  # written by Orbax into a complete step, before its rename and after all its items
+
+
+class _Unraised(logging.Filter):
+    """Leaves out the tracebacks of Orbax's writing threads: `save` or `wait` raises what they report."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.exc_info
+
+
+_UNRAISED = _Unraised()
+
+
+@contextlib.contextmanager
+def writing(folder: Any) -> Iterator[None]:
+    """What the writing of a checkpoint raises becomes an OSError in one line."""
+    log = logging.getLogger("absl")
+    log.addFilter(_UNRAISED)  # stays: the threads go on after this
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        if "No space left" in str(e) or "Disk quota" in str(e):
+            raise OSError(errno.ENOSPC, f"{folder}: no space left on the device; the checkpoints there are whole, free "
+                                        "some space and run the same command again to continue") from e
+        raise OSError(f"{folder}: cannot write a checkpoint: {str(e).splitlines()[0][:300]}") from e
 
 
 class Checkpoints:
@@ -47,11 +73,13 @@ class Checkpoints:
         items["opt_state"] = ocp.args.StandardSave(state.opt_state)
         items["loop"] = ocp.args.StandardSave({name: getattr(state, name) for name in LOOP})
         items["info"] = ocp.args.JsonSave(info)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with writing(self.folder):
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Until everything started is on disk. Raises what the writing raised."""
-        self._manager.wait_until_finished()
+        """Until everything started is on disk. Raises OSError where it could not be written."""
+        with writing(self.folder):
+            self._manager.wait_until_finished()
 
     def info(self, step: int) -> dict[str, Any]:
         return json.loads((self.folder / str(step) / "info" / "metadata").read_text())

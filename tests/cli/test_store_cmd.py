@@ -87,6 +87,7 @@ def test_verify_and_damage(store, capsys):
     code, out, err = run(capsys, "verify", store.url)
     path.write_bytes(good)
     assert code == 2 and out == "" and err.startswith("error: corrupt store: shard 0, row ") and err.count("\n") == 1
+    assert "whole copy" in err and str(store.url) in err
 
 
 @pytest.mark.parametrize("args,message", [

@@ -35,3 +35,19 @@ def test_shows_and_builds_a_tokenizer(tmp_path, capsys):
 def test_bad_arguments(capsys):
     assert run() == 2 and "nothing to do" in capsys.readouterr().err
     assert run("--kind", "nope", "--show", "1") == 2 and "two_hop" in capsys.readouterr().err
+
+
+def test_nothing_half_written_and_nothing_overwritten(tmp_path, capsys, monkeypatch):
+    out, tok = tmp_path / "w.jsonl", tmp_path / "tok"
+
+    def full(*args: object, **kwargs: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr("distill_jax.jobs.world.json.dumps", full)
+        assert run("--n", "3", "--out", str(out)) == 2
+    assert "No space left on device; free some space" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert run("--tokenizer", str(tok)) == run("--tokenizer", str(tok)) == 0
+    before = (tok / "tokenizer.json").read_bytes()
+    assert run("--tokenizer", str(tok), "--rendering", "rich") == 2
+    assert "holds another tokenizer" in capsys.readouterr().err and (tok / "tokenizer.json").read_bytes() == before

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import sys
@@ -146,6 +147,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, capsys, n
     assert command(file, "--tokenizer", tokenizer, "--out", out) == 2
     lines = [x for x in capsys.readouterr().err.strip().splitlines() if x.startswith("error:")]
     assert len(lines) == 1 and message in lines[0] and not out.exists()
+
+
+def test_a_file_that_ends_too_early_leaves_nothing(tmp_path, tokenizer, capsys):
+    """It is found out only when shards of its beginning are written; a mended file has another content and name."""
+    whole = gzip.compress("".join(json.dumps(sample(i)) + "\n" for i in range(3000)).encode())
+    (tmp_path / "in.jsonl.gz").write_bytes(whole[:-2000])
+    out = tmp_path / "out"
+    assert command(tmp_path / "in.jsonl.gz", "--tokenizer", tokenizer, "--out", out, "--shard-rows", 16) == 2
+    assert "cannot be read: Compressed file ended" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("option,value,message", [
+    ("--shard-rows", 0, "--shard-rows must be at least 1, got 0"), ("--workers", 0, "--workers must be at least 1"),
+    ("--check-timeout", 0, "more than 0 seconds"), ("--out", __file__, "is a file; --out takes the folder"),
+])
+def test_bad_options_are_named_before_anything_is_read(tmp_path, tokenizer, capsys, option, value, message):
+    file, out = write(tmp_path / "in.jsonl", [sample(1)]), tmp_path / "out"
+    assert command(file, "--tokenizer", tokenizer, "--out", out, option, value) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not out.exists()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, tokenizer):

@@ -1,7 +1,9 @@
 """`fit` and checkpoints: resume to the bit, signals, bad steps, another mesh, another model."""
 
 import dataclasses
+import errno
 import json
+import logging
 import os
 import signal
 
@@ -171,3 +173,23 @@ def test_check_and_evaluations_are_called(tmp_path):
 
     with pytest.raises(ValueError, match="no supervised token"):
         train(tmp_path / "other", 6, check=empty)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, caplog):
+    """Orbax writes in threads: they log a traceback each, and what they raise comes with a later save."""
+    made = Checkpoints(tmp_path / "c")
+    text = "RESOURCE_EXHAUSTED: Failed to write 247 bytes: No space left on device [os_error_code='28']\nmore"
+
+    def full(*args, **kwargs):
+        try:
+            raise ValueError(text)
+        except ValueError:
+            logging.getLogger("absl").exception("a thread raised an exception")
+            raise
+
+    monkeypatch.setattr(made._manager, "wait_until_finished", full)
+    with pytest.raises(OSError, match=r"no space left on the device; .* run the same command again") as e:
+        made.wait()
+    assert e.value.errno == errno.ENOSPC and "\n" not in str(e.value) and not caplog.records
+    monkeypatch.undo()
+    made.close()

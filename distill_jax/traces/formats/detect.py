@@ -30,7 +30,7 @@ def detect(rows: Iterable[Row], fields: Fields | None = None, where: str = "inpu
     first = list(islice(rows, LOOK))
     if not first:
         raise ValueError(f"{where}: holds no readable rows")
-    if 2 * sum(map(is_trace, first)) > len(first):
+    if not fields.mapped and 2 * sum(map(is_trace, first)) >= len(first):
         return TraceFormat()
     nowhere = [f"{what}={path}" for what, path in fields.mapped.items() if all(blank(lookup(r, path)) for r in first)]
     if nowhere:

@@ -124,6 +124,10 @@ class Kv:
         else:
             _result(self._kv.delete_range(_range(folder)), f"{self.url}: cannot delete {folder}")
 
+    def remove(self, key: str) -> None:
+        """Delete one key, if it is there."""
+        _result(self._kv.delete_range(ts.KvStore.KeyRange(key, key + "\0")), f"{self.url}: cannot delete {key}")
+
     def below(self, path: str) -> dict[str, Any]:
         """kvstore spec of a sub-path."""
         return {**self.spec, "path": self.spec["path"] + path}

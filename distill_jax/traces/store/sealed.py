@@ -6,6 +6,7 @@ from typing import Any
 
 _HEAD = b'{"checksum":"'
 _DIGITS = 64
+MEND = "put a whole copy in its place, or delete the store (or only the folder of the signal) and make it again"
 
 
 class CorruptShard(ValueError):
@@ -15,7 +16,7 @@ class CorruptShard(ValueError):
     def __init__(self, what: str, *, shard: int | None = None, row: int | None = None) -> None:
         self.what, self.shard, self.row = what, shard, row
         place = [f"{name} {n}" for name, n in (("shard", shard), ("row", row)) if n is not None]
-        super().__init__(f"corrupt store: {', '.join(place) + ': ' if place else ''}{what}")
+        super().__init__(f"corrupt store: {', '.join(place) + ': ' if place else ''}{what}; {MEND}")
 
     def __reduce__(self) -> Any:
         return _rebuild, (self.what, self.shard, self.row)

@@ -77,15 +77,16 @@ class Shards:
         numbers = sorted(int(k[:-5]) for k in self.kv.keys(folder) if k.endswith(".json") and k[:-5].isdigit())
         if numbers != list(range(len(numbers))):
             gap = next(i for i, n in enumerate(numbers) if i != n)
-            raise CorruptShard(f"{self._key(gap)} is missing though later shards are there", shard=gap)
+            raise CorruptShard(f"{self.kv.url}: {self._key(gap)} is missing though later shards are there", shard=gap)
         fresh = numbers[len(self.commits):]
         for number, data in zip(fresh, self.kv.read_many(self._key(n) for n in fresh)):
             if data is None:
-                raise CorruptShard(f"{self._key(number)} disappeared", shard=number)
-            body = unseal(data, self._key(number), number)
+                raise CorruptShard(f"{self.kv.url}: {self._key(number)} disappeared", shard=number)
+            body = unseal(data, f"{self.kv.url}: {self._key(number)}", number)
             first = self.commits[-1].first_row + self.commits[-1].rows if self.commits else 0
             if (body["shard"], body["first_row"], body["owner"]) != (number, first, self.owner):
-                raise CorruptShard(f"{self._key(number)} belongs to another place or store", shard=number)
+                raise CorruptShard(f"{self.kv.url}: {self._key(number)} belongs to another place or store",
+                                   shard=number)
             self.commits.append(Commit.of(body))
 
     def _key(self, number: int) -> str:

@@ -36,22 +36,36 @@ def build_tokenizer(directory: str | Path, rendering: str = "compact", vocab_siz
     """Train the tokenizer of a rendering and write `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json`.
 
     Deterministic: the same rendering and size give the same bytes. `vocab_size` counts special tokens and the 256
-    bytes of `rich`; `compact` has as many tokens as it has words. Raises ValueError for an unknown rendering.
+    bytes of `rich`; `compact` has as many tokens as it has words. Raises ValueError for an unknown rendering, or
+    where the directory holds another tokenizer: nothing is overwritten.
     """
     if rendering not in RENDERINGS:
         raise ValueError(f"unknown rendering {rendering!r}; known: {list(RENDERINGS)}")
     out = Path(directory)
-    out.mkdir(parents=True, exist_ok=True)
     model = _train(rendering, vocab_size)
-    (out / "tokenizer.model").write_bytes(model)
-    _to_fast(model, rendering).save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 20, "pad_token": PAD, "unk_token": UNK, "eos_token": END,
         "chat_template": CHAT_TEMPLATE,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write(out, {"tokenizer.model": model, "tokenizer.json": _to_fast(model, rendering).to_str(pretty=True).encode(),
+                 "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()})
     return out
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    """Each file whole or not at all, none in the place of another one."""
+    other = [n for n, data in files.items() if (out / n).exists() and (out / n).read_bytes() != data]
+    if other:
+        raise ValueError(f"{out} holds another tokenizer ({', '.join(other)}); choose another folder or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        part = out / f".{name}.part"
+        try:
+            part.write_bytes(data)
+            part.replace(out / name)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def corpus(rendering: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ import pytest
 from distill_jax.core.roles import ANSWER, QUESTION, THINK
 from distill_jax.traces.formats import BadRow, Fields, Reject, detect, iter_rows
 from distill_jax.traces.formats.questions import question_of
-from distill_jax.traces.trace import FLAG_TRUNCATED, simple_trace
+from distill_jax.traces.trace import FLAG_TRUNCATED, Provenance, simple_trace
 
 R1 = "<think>\nhm\n</think>\n\nIt is \\boxed{4}."
 
@@ -72,7 +72,7 @@ def test_history_of_an_alpaca_row_is_context():
 
 
 def test_our_own_traces_come_back_as_they_are():
-    trace = simple_trace("q", "hm", "4", system="s", gold="4", meta={"k": 2})
+    trace = simple_trace("q", "hm", "4", system="s", gold="4", meta={"k": 2}, provenance=Provenance(source="w"))
     fmt = detect([trace.to_json()] * 2)
     assert fmt.traces(trace.to_json(), "f", 0) == [trace]
     for broken in ({"segments": [{"role": "owl", "text": "q"}]}, {"question": "q", "answer": "4"}):
