@@ -26,8 +26,8 @@ from distill_jax.train.optim import AdamW
 MODEL = ModelConfig(
     vocab_size=176, hidden_size=64, mlp_size=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16,
     context_length=128, init_std=0.1, attention=AttentionConfig(qkv_bias=True))
-LESSON_STEPS = (150, 100, 100, 100)
-BASE_STEPS, STEPS = 900, 400
+LESSON_STEPS = (150, 100, 100)
+BASE_STEPS, STEPS = 800, 400
 CE = {"ce": Term(loss=cross_entropy)}
 SAVING = Saving(steps=200, keep=1)
 
@@ -51,7 +51,7 @@ def recipe() -> Recipe:
     kd = {"ce": Term(loss=cross_entropy, weight=0.5), "kl": Term(loss=forward_kl, target="signals/topk8", weight=0.5)}
     return Recipe(name="quickstart", stages=(
         Call(name="world", fn=build_world, kwargs={
-            "lesson_rows": (2500, 2500, 2500, 2500, 6000), "teacher_rows": 8000, "questions": 8000}),
+            "lesson_rows": (2500, 2500, 2500, 6000), "teacher_rows": 8000, "questions": 8000}),
         train("base", lessons, beginner, CE, steps=BASE_STEPS, peak_lr=3e-3),
         train("teacher", store("stage:world/teacher"), base, CE),
         Generate(name="traces", teacher="stage:teacher", questions="stage:world/questions", batch_size=512,
