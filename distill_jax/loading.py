@@ -8,6 +8,7 @@ In a notebook:
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -93,12 +94,17 @@ def _local(path: Path) -> Path:
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def hub_config(name: str) -> Path:
+    """`config.json` of a hub id, without its weights. Raises ValueError where the hub does not give it."""
+    return _from_hub(name, ("config.json",)) / "config.json"
+
+
+def _from_hub(name: str, patterns: Sequence[str] = (*WEIGHTS, *hf.COMPANIONS)) -> Path:
     """huggingface_hub locks its files, so the processes of a host share one download."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*WEIGHTS, *hf.COMPANIONS]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as e:  # the hub client raises a dozen kinds
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ValueError(f"no model {name!r}: it is not a local directory, and the hub did not give it ({reason}). "
@@ -134,9 +140,11 @@ def _from_checkpoint(folder: Path, model: Transformer, provider: str | None, *, 
     want = {name: leaf.shape for name, leaf in paths(hf.param_shapes(model))}
     have = {name: leaf.shape for name, leaf in paths(params)}
     if want != have:
-        lines = [f"  {n}: config.json wants {want.get(n)}, the checkpoint has {have.get(n)}"
+        lines = [f"{n}: config.json wants {want.get(n)}, the checkpoint has {have.get(n)}"
                  for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
-        raise ValueError(f"{checkpoints} is of another model than {folder}/model/config.json:\n" + "\n".join(lines))
+        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise ValueError(f"{checkpoints} is of another model than {folder}/model/config.json: {'; '.join(lines[:4])}"
+                         f"{more}. Put the config.json back that the run was trained with")
     return params
 
 

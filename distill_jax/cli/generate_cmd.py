@@ -23,7 +23,7 @@ def generate(
     top_k: Annotated[int, Opt(help="keep this many tokens; 0: all")] = 0,
     min_p: Annotated[float, Opt(help="keep tokens this fraction as probable as the best")] = 0.0,
     max_new_tokens: Annotated[int, Opt(help="longest completion")] = 2048,
-    seed: int = 0,
+    seed: Annotated[int, Opt(help="of the samples; the same gives the same traces")] = 0,
     verify: Annotated[bool, Opt(help="check answers against the gold answer")] = True,
     keep: Annotated[str, Opt(help="all, correct, or not-wrong (not found wrong, and finished)")] = "not-wrong",
     map_: Annotated[list[str] | None, Opt(

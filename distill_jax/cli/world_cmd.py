@@ -24,7 +24,7 @@ def world(
     split: Annotated[str, Opt(help=" or ".join(SPLITS))] = "train",
     layout: Annotated[str, Opt(help="where the first hop stands: " + ", ".join(LAYOUTS))] = "random",
     position: Annotated[int | None, Opt(help="of the document with the answer, from 0; default: drawn")] = None,
-    seed: int = 0,
+    seed: Annotated[int, Opt(help="of the questions; the same gives the same")] = 0,
     out: Annotated[Path | None, Opt(help="JSON lines file to write")] = None,
     show: Annotated[int, Opt(help="print this many questions instead")] = 0,
     tokenizer: Annotated[Path | None, Opt(help="folder to build the rendering's tokenizer in")] = None,

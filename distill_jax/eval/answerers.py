@@ -61,7 +61,10 @@ class ModelAnswerer:
 
 def model_answerer(model: Any, params: Any, tok: Tokenizer, *, max_new_tokens: int = 256, batch_size: int = 256,
                    context: int | None = None, progress: Callable[[int], None] | None = None) -> Answerer:
-    """A greedy `ModelAnswerer` over parameters in memory."""
+    """A greedy `ModelAnswerer` over parameters in memory. Raises ValueError for more `context` than the model's."""
+    if context is not None and context > model.config.context_length:
+        raise ValueError(f"--context {context:,} is more than the {model.config.context_length:,} tokens the model can "
+                         "take; lower it, or leave it out")
     return ModelAnswerer(generator=Generator(model, params, batch_size=batch_size), tokenizer=tok,
                          sampling=Sampling(max_new_tokens=max_new_tokens), context=context, progress=progress)
 

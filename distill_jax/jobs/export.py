@@ -22,12 +22,14 @@ def export(source: str, out: str | Path, *, to: str = "hf", dtype: str | None = 
     """Write the newest parameters of a run (or any MODEL) as safetensors with configuration and tokenizer.
 
     dtype: of the weights; default: what config.json says, which for a run is float32, the dtype it trained in.
-    Raises ValueError where `out` is not empty or the format is unknown.
+    Raises ValueError where `out` is not empty, or the format unknown.
     """
     if to not in FORMATS:
         raise ValueError(f"cannot export to {to!r}; known: {', '.join(FORMATS)}")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"--max-shard must be more than 0 GB, got {max_shard_bytes / 1e9:g}")
     folder = local_folder(source)
     mesh = make_mesh(fsdp=-1) if len(jax.devices()) > 1 else None  # what does not fit one device fits all of them
     model, params = load(source, mesh=mesh, dtype=None, provider=provider)

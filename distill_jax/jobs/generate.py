@@ -158,6 +158,10 @@ class GenerateJob:
             raise ValueError(f"--n must be at least 1, got {self.n}")
         if self.n > 1 and self.sampling.greedy:
             raise ValueError(f"--n {self.n} greedy samples of a question would all be the same: give a --temperature")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype {self.dtype}: expected auto, float32, bfloat16 or float16")
 
 
 def generate(job: GenerateJob, *, mesh: Mesh | None = None, ticker: Ticker | None = None) -> dict[str, Any]:

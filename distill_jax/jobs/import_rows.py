@@ -189,13 +189,15 @@ def judged(sources: Sequence[Source], inputs: Inputs, checker: Checker, journal:
             yield replace(c, trace=trace, method=method, rejected=why, detail=detail)
 
 
+UNDECIDED = {"timeout": "check_timed_out", "crash": "check_crashed", "unclear": "answer_unclear", "": "not_checked"}
+FOUND_WRONG = {"unterminated": "unterminated_think", "no_answer": "no_answer_found", "no_gold": "source_says_wrong",
+               "": "source_says_wrong", "wrong": "wrong_answer"}
+
+
 def refusal(trace: Trace, method: str, keep: Keep) -> str | None:
     """Why a verified trace is not kept, None if it is."""
     if keep == "all" or trace.verdict is True:
         return None
     if trace.verdict is None:
-        reasons = {"timeout": "check_timed_out", "crash": "check_crashed", "unclear": "answer_unclear"}
-        return reasons.get(method, "not_checked") if keep == "correct" else None
-    reasons = {"unterminated": "unterminated_think", "no_answer": "no_answer_found", "no_gold": "source_says_wrong",
-               "": "source_says_wrong"}
-    return reasons.get(method, "wrong_answer")
+        return UNDECIDED.get(method, "not_checked") if keep == "correct" else None
+    return FOUND_WRONG.get(method, "wrong_answer")

@@ -22,7 +22,7 @@ from typing import IO, Any
 from distill_jax.core.roles import Role
 from distill_jax.data.render import render
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
-from distill_jax.jobs.import_rows import Candidate, Inputs, judged, open_sources
+from distill_jax.jobs.import_rows import FOUND_WRONG, UNDECIDED, Candidate, Inputs, judged, open_sources
 from distill_jax.jobs.progress import Ticker
 from distill_jax.jobs.write_store import store_header
 from distill_jax.rewards.checker import Checker
@@ -146,8 +146,9 @@ class Tally:
 
     def nothing_kept(self) -> str:
         why = ", ".join(f"{n:,} {reason}" for reason, n in self.rejected.most_common())
-        return (f"no trace kept of {self.rows_in:,} rows ({why}); first: {self.example[:200]}. Nothing was written. "
-                "If those are wanted: --keep all")
+        by_keep = self.rejected.keys() & {*UNDECIDED.values(), *FOUND_WRONG.values()}
+        return (f"no trace kept of {self.rows_in:,} rows ({why}); first: {self.example[:300]}. No store was written"
+                + (". If those are wanted: --keep all" if by_keep else ""))
 
     def to_json(self, store: TraceStore) -> dict[str, Any]:
         roles: Counter[str] = Counter()

@@ -12,6 +12,7 @@ from typing import Any
 
 from distill_jax.data.sources import stores
 from distill_jax.jobs.hardware import Device
+from distill_jax.loading import hub_config
 from distill_jax.models import families
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.memory import lift_bytes
@@ -55,8 +56,10 @@ def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
     for candidate in (folder / "config.json", folder / "model" / "config.json"):
         if candidate.is_file():
             return families.from_hf(json.loads(candidate.read_text()))
-    raise ValueError(f"cannot plan with model {provider.model!r}: no config.json in {folder} or {folder}/model; "
-                     "download it first (hub ids), or run the stage it comes from")
+    if not provider.model.startswith(("stage:", ".", "/", "~")) and provider.model.count("/") == 1:
+        return families.from_hf(json.loads(hub_config(provider.model).read_text()))
+    raise ValueError(f"cannot plan with model {provider.model!r}: no config.json in {folder} or {folder}/model; give "
+                     "a model that is there, or run the stage it comes from")
 
 
 def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:

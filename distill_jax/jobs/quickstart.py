@@ -34,7 +34,7 @@ def build_world(context: RunContext, *, lesson_rows: Sequence[int], teacher_rows
 def report(context: RunContext, *, teacher: str, thinking: str, answer_only: str, ks: Sequence[int] = (2, 4, 8, 12),
            trained_k: int = 8, questions: int = 500, max_new_tokens: int = 16) -> dict[str, Any]:
     """Ask the three models the same questions over k and position; write report.json, report.md and the plots."""
-    task = MultidocQA(k=tuple(ks), questions=questions, positions=0, names=NAMES, seed=context.seed)
+    task = MultidocQA(k=tuple(ks), questions=questions, positions=8, names=NAMES, seed=context.seed)
     spent = stage_costs(context)
     records: dict[str, Records] = {}
     for name, where in (("thinking", thinking), ("answer_only", answer_only), ("teacher", teacher)):

@@ -11,11 +11,11 @@ from rich.text import Text
 from distill_jax.core.batch import Batch, TopK
 from distill_jax.core.roles import ROLE_STYLE, SUPERVISED, Role
 from distill_jax.data.assemble import by_role
-from distill_jax.data.sources import BatchSource
+from distill_jax.data.sources import BatchSource, PhasedSource
 from distill_jax.data.tokenizer import Tokenizer
 
 
-def show_batch(source: BatchSource, step: int, tok: Tokenizer, console: Console, *, rows: Sequence[int] = (0,),
+def show_batch(source: BatchSource | PhasedSource, step: int, tok: Tokenizer, console: Console, *, rows: Sequence[int] = (0,),
                tokens: int = 64, start: int | None = None) -> None:
     """Print the batch of a step: totals, then each of `rows` as text coloured by role and `tokens` of its tokens one a
     line (from `start`, or from just before the first supervised one)."""

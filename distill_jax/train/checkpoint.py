@@ -135,7 +135,10 @@ def restore_item(path: Any, target: Tree) -> Tree:
     _must_exist(path)
     _check_fits(path, _metadata(path), target)
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, target)
+        try:
+            return checkpointer.restore(path, target)
+        except ValueError as e:  # of tensorstore, whose second line is a place in its source
+            raise damaged(path, str(e)) from e
 
 
 def _must_exist(path: Any) -> None:
@@ -151,13 +154,25 @@ def _metadata(path: Any) -> Tree:
     log.setLevel(logging.ERROR)  # items of a step carry no timestamps of their own, and Orbax warns about it
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.metadata(path).item_metadata.tree
+            found = checkpointer.metadata(path).item_metadata
+    except (ValueError, FileNotFoundError) as e:
+        raise damaged(path, str(e)) from e
     finally:
         log.setLevel(level)
+    if found is None:
+        raise damaged(path, "what Orbax knows of its arrays cannot be read")
+    return found.tree
+
+
+def damaged(path: Any, why: str) -> ValueError:
+    """The error of a checkpoint that is not as it was written."""
+    reason = (why.splitlines() or [""])[0][:300]
+    return ValueError(f"{path} is damaged: {reason}; put a whole copy in its place, or delete the folder of its step "
+                      "to go on from the one before")
 
 
 def _check_fits(path: Any, stored: Tree, target: Tree) -> None:
-    """Raise ValueError, listing at most eight differences, unless both trees have the same paths and shapes."""
+    """Raise ValueError, listing at most four differences, unless both trees have the same paths and shapes."""
     old = {name: tuple(leaf.shape) for name, leaf in tree.paths(stored)}
     new = {name: tuple(leaf.shape) for name, leaf in tree.paths(target)}
     lines = [f"{n}: only in the checkpoint {old[n]}" for n in sorted(old.keys() - new.keys())]
@@ -165,5 +180,6 @@ def _check_fits(path: Any, stored: Tree, target: Tree) -> None:
     lines += [f"{n}: {old[n]} in the checkpoint, expected {new[n]}"
               for n in sorted(old.keys() & new.keys()) if old[n] != new[n]]
     if lines:
-        more = f"\n  ... and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise ValueError(f"{path} is a checkpoint of another model or optimiser:\n  " + "\n  ".join(lines[:8]) + more)
+        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise ValueError(f"{path} is a checkpoint of another model or optimiser: {'; '.join(lines[:4])}{more}. Go on "
+                         "with the model it was made with, or train into another folder")

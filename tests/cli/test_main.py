@@ -1,10 +1,13 @@
 """What the command line says when it is called wrongly: one line, exit code 2."""
 
 import errno
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 
-from distill_jax.cli.main import COMMANDS, main, said
+from distill_jax.cli.main import COMMANDS, build_app, main, said
 
 
 def run(capsys, *args: str) -> tuple[int, str, str]:
@@ -47,3 +50,16 @@ def test_no_command_is_the_help(capsys):
 ])
 def test_errors_of_the_system_are_told_without_numbers(error, text):
     assert said(error) == text
+
+
+def test_every_option_is_explained():
+    def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if not hasattr(command, "commands"):
+            yield name, command
+        for sub, inner in getattr(command, "commands", {}).items():
+            yield from commands(inner, f"{name} {sub}")
+
+    found = list(commands(typer.main.get_command(build_app()), ""))
+    assert len(found) > len(COMMANDS)
+    silent = [f"{name} {p.name}" for name, command in found for p in command.params if not getattr(p, "help", "")]
+    assert not silent and all(command.help for _, command in found)

@@ -77,6 +77,8 @@ def test_a_model_answers(tok):
     prompts = [prompt_ids("ask oslo grows", tok)]
     direct = Generator(model, params).generate(prompts, Sampling(max_new_tokens=4, stop_ids=(2,)), [0])
     assert said[0].tokens == len(direct[0].ids)
+    with pytest.raises(ValueError, match="--context 64 is more than the 32 tokens the model can take"):
+        model_answerer(model, params, tok, context=64)
 
 
 class Server(BaseHTTPRequestHandler):

@@ -56,6 +56,8 @@ def test_multidoc_positions_and_settings():
 def test_unknown_task_and_option():
     with pytest.raises(ValueError, match="multidoc_qa"):
         find("multidoc")
+    with pytest.raises(ValueError, match=r"unknown task .zzz.; known: answer_match, conflicts"):
+        find("zzz")
     with pytest.raises(ValueError, match="no field 'layouts'"):
         make("conflicts", layouts=())
 

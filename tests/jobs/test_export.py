@@ -65,7 +65,8 @@ def test_export_in_bfloat16(run, tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "half", dtype=None)[1]["embed"]["embedding"], want)
 
 
-@pytest.mark.parametrize("kwargs, words", [({"to": "gguf"}, "known: hf"), ({"dtype": "int8"}, "bfloat16")])
+@pytest.mark.parametrize("kwargs, words", [({"to": "gguf"}, "known: hf"), ({"dtype": "int8"}, "bfloat16"),
+                                           ({"max_shard_bytes": 0}, "--max-shard must be more than 0")])
 def test_what_cannot_be_exported(run, tmp_path, kwargs, words):
     with pytest.raises(ValueError, match=words):
         export(str(run), tmp_path / "x", **kwargs)

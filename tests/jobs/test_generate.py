@@ -153,7 +153,8 @@ def test_command(tok, tmp_path, capsys):
     assert code == 0 and "10 kept" in err
     for bad, says in ((("--keep", "some"), "expected one of"), (("--engine", "http://x"), "either --teacher"),
                       (("--n", 2, "--temperature", 0), "all be the same"), (("--top-p", 0), "top_p must be"),
-                      (("--map", "question=nope"), "no question in 5 rows"), (("--max-questions", 0), "at least 1")):
+                      (("--map", "question=nope"), "no question in 5 rows"), (("--max-questions", 0), "at least 1"),
+                      (("--dtype", "int4"), "--dtype int4: expected auto"), (("--batch-size", 0), "--batch-size must")):
         code, err = run(capsys, *args, "--out", tmp_path / "bad", *bad)
         assert code == 2 and says in err and err.count("\n") == 1
     assert not (tmp_path / "bad").exists()

@@ -138,6 +138,7 @@ def test_command_line(tmp_path, tokenizer, capsys):
     ("a.jsonl", "", "holds no rows"), ("a.jsonl", "hello", "neither JSON nor JSONL"), (None, None, "cannot be read"),
     ("a.jsonl", '{"question": "q", "gt": "4", "response": "5"}', "no trace kept of 1 rows (1 wrong_answer)"),
     ("a.jsonl", '{"question": "q", "response": ""}', "(fields: question, response)"),
+    ("a.jsonl", '{"question": "q", "response": "\\ud800"}', "no trace kept of 1 rows (1 not_unicode)"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, capsys, name, content, message):
     file = tmp_path / (name or "missing.jsonl")
@@ -147,6 +148,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, capsys, n
     assert command(file, "--tokenizer", tokenizer, "--out", out) == 2
     lines = [x for x in capsys.readouterr().err.strip().splitlines() if x.startswith("error:")]
     assert len(lines) == 1 and message in lines[0] and not out.exists()
+    assert ("--keep all" in lines[0]) == ("wrong_answer" in lines[0])
 
 
 def test_a_file_that_ends_too_early_leaves_nothing(tmp_path, tokenizer, capsys):

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 
 import jax
@@ -124,9 +125,25 @@ def test_checkpoint_of_another_model_is_refused(whole):
     with pytest.raises(ValueError, match="another model") as e:
         train(whole[0], 20, config=other)
     assert "layers/mlp/down/kernel: (2, 32, 16) in the checkpoint, expected (2, 24, 16)" in str(e.value)
+    assert "\n" not in str(e.value)
     assert "layers/attention/q/bias: not in the checkpoint" in str(e.value)
     with pytest.raises(ValueError, match=r"no 'teacher' in .*it has \['student'\]"):
         latest_params(whole[0] / "checkpoints", "teacher")
+
+
+@pytest.mark.parametrize("item", ["params/student", "opt_state"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_checkpoint_is_named(whole, tmp_path, item, damage):
+    """Every large file of the item cut short, or with one byte changed in the middle."""
+    folder = tmp_path / "checkpoints" / "12"
+    shutil.copytree(whole[0] / "checkpoints" / "12", folder)
+    for path in [p for p in (folder / item).rglob("*") if p.is_file() and p.stat().st_size > 200]:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 8
+        path.write_bytes(data if damage == "flipped" else data[:100])
+    with pytest.raises(ValueError, match=r"is damaged: .*put a whole copy in its place") as e:
+        Checkpoints(tmp_path / "checkpoints").restore(12, setup()[1])
+    assert "\n" not in str(e.value) and item in str(e.value)
 
 
 def test_another_recipe_is_refused(whole):

@@ -19,8 +19,8 @@ def find(name: str) -> type[Any]:
     """The task class of that name. Raises ValueError with the nearest known name."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown task {name!r}{hint} known: {sorted(TASKS)}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown task {name!r}; {hint}known: {', '.join(sorted(TASKS))}")
     return getattr(importlib.import_module(f"distill_jax.eval.tasks.{name}"), TASKS[name])
 
 
