@@ -27,7 +27,7 @@ MODEL = ModelConfig(
     vocab_size=176, hidden_size=64, mlp_size=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16,
     context_length=128, init_std=0.1, attention=AttentionConfig(qkv_bias=True))
 LESSON_STEPS = (150, 100, 100)
-BASE_STEPS, STEPS = 1100, 300
+BASE_STEPS, STEPS = 1200, 300
 CE = {"ce": Term(loss=cross_entropy)}
 SAVING = Saving(steps=200, keep=1)
 

@@ -9,8 +9,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 from distill_jax.eval.records import Answer, Item
+from distill_jax.rewards.answers import Kind
 from distill_jax.rewards.checker import Checker, Query
 
 _DELETE = str.maketrans("", "", string.punctuation)
@@ -84,7 +86,8 @@ def grade_all(items: Sequence[Item], answers: Sequence[Answer]) -> list[bool | N
         else:
             open_.append(i)
     if open_:
-        queries = [Query(completion=answers[i].text, golds=items[i].golds, kind=items[i].kind) for i in open_]
+        queries = [Query(completion=answers[i].text, golds=items[i].golds, kind=cast(Kind, items[i].kind))
+                   for i in open_]
         with Checker() as checker:
             verdicts = checker.map(queries)
         for i, verdict in zip(open_, verdicts, strict=True):

@@ -62,6 +62,10 @@ def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
                      "a model that is there, or run the stage it comes from")
 
 
+PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
+"""What device memory goes to, in the order it is printed."""
+
+
 def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:
     """Memory, FLOPs and time of a training stage on `devices` devices of one kind."""
     configs = {name: model_config(recipe, p) for name, p in stage.providers.items()}
@@ -69,7 +73,8 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
     rows, length = source.rows, source.seq_len
     tokens = rows * length
     shards, row_shards = _mesh_factors(recipe, devices)
-    flops, memory = 0.0, dict.fromkeys(("parameters", "optimiser", "gradients", "activations", "loss", "batch"), 0.0)
+    flops = 0.0
+    memory: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for name, provider in stage.providers.items():
         c = configs[name]
         n = c.num_params / shards

@@ -15,8 +15,8 @@ from distill_jax.data.sources import BatchSource, PhasedSource
 from distill_jax.data.tokenizer import Tokenizer
 
 
-def show_batch(source: BatchSource | PhasedSource, step: int, tok: Tokenizer, console: Console, *, rows: Sequence[int] = (0,),
-               tokens: int = 64, start: int | None = None) -> None:
+def show_batch(source: BatchSource | PhasedSource, step: int, tok: Tokenizer, console: Console, *,
+               rows: Sequence[int] = (0,), tokens: int = 64, start: int | None = None) -> None:
     """Print the batch of a step: totals, then each of `rows` as text coloured by role and `tokens` of its tokens one a
     line (from `start`, or from just before the first supervised one)."""
     batch = source.batch(step)

@@ -166,8 +166,8 @@ class Heldout:
         for name in objective.sources:
             provider, view = name.split("/")
             model, stream = self.models[provider], batch.views[view]
-            out = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
-                              method="hidden")
+            out: Any = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
+                                   method="hidden")
             sources[name] = (out.hidden, model.head(params[provider]))
         mesh = self.mesh if self.mesh.size > 1 else None
         return objective.loss(sources, batch, weights, objective.dynamic(self.step, controllers), trainable=(),
