@@ -7,7 +7,7 @@ store (KD), another the answers alone: the same questions, the same number of up
 
 Paper: 2507.14849 asks whether distilled reasoning helps reading several documents, and with less position bias. It
 publishes none of its settings, so the protocol is ours (docs/METHODS.md). Sizes, learning rates and step counts are
-guesses that were tried on three seeds (docs/LOG.md).
+guesses (docs/LOG.md).
 Expected: at 8 documents thinking >= 80%, at least 25 points above answers alone (benchmarks/results/quickstart.md).
 Hardware, time: two CPU cores, at most ten minutes.
 """

@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # torch is not missing: nothing here needs it
+
 UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
 """Every complaint of the parser. typer brings its own click or uses the installed one; this is the right one's."""
 
