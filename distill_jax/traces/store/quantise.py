@@ -12,8 +12,8 @@ stored as exp(-X). This holds because the first-order term is removed: the tail 
 row is scaled so that its kept mass is one minus that tail, the mass the teacher gave it (it is never renormalised
 to 1).
 
-`f16` rounds down to half precision, `f32` is exact; neither is scaled. In every precision the decoded probabilities
-of a token sum to at most 1.
+`f16` rounds down to half precision, `f32` is exact; neither is scaled. In every precision but `f32` (which sums to what
+it was given, rounding included) the decoded probabilities of a token sum to at most 1.
 """
 
 from functools import cache

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import distill_jax.traces.store.quantise as q
@@ -51,6 +51,7 @@ def test_every_code_round_trips(precision):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.05, 0.5, 2.0, 8.0]), st.sampled_from(["u8", "u16", "f16", "f32"]))
+@example(954670315, 8.0, "f32")  # float32 log-probs whose probabilities sum to 1 + 2e-8
 def test_kl_bound_and_mass(seed, sharpness, precision):
     """KL over (kept outcomes, tail) stays under the stated bound; tail and kept mass are the teacher's; the decoded
     probabilities never exceed 1."""
@@ -62,7 +63,7 @@ def test_kl_bound_and_mass(seed, sharpness, precision):
     got = stored(lp.astype(np.float32), precision, tail.astype(np.float32))
     decoded = np.exp(by_id(got))
     mass = decoded.sum(1)
-    assert np.all(mass <= 1.0)
+    assert np.all(mass <= (1 + 1e-6 if precision == "f32" else 1))  # f32 is what it was given, rounding included
     assert got.tail is not None
     np.testing.assert_allclose(got.tail, np.maximum(tail, 2.0**-20 if precision[0] == "u" else 0), rtol=1.2e-4,
                                atol=2e-6)
