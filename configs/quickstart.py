@@ -27,7 +27,7 @@ MODEL = ModelConfig(
     vocab_size=176, hidden_size=64, mlp_size=128, num_layers=3, num_heads=4, num_kv_heads=4, head_dim=16,
     context_length=128, init_std=0.1, attention=AttentionConfig(qkv_bias=True))
 LESSON_STEPS = (150, 100, 100)
-BASE_STEPS, STEPS = 1200, 300
+BASE_STEPS, STEPS = 900, 300
 CE = {"ce": Term(loss=cross_entropy)}
 SAVING = Saving(steps=200, keep=1)
 
@@ -37,10 +37,9 @@ def store(path: str, **kwargs: object) -> Store:
     return Store(path=path, rows=64, seq_len=48, pack=False, **kwargs)  # type: ignore[arg-type]
 
 
-def train(name: str, source: Source, student: Student, terms: dict[str, Term], steps: int = STEPS,
-          peak_lr: float = 2e-3) -> Stage:
+def train(name: str, source: Source, student: Student, terms: dict[str, Term], steps: int = STEPS) -> Stage:
     return Stage(name=name, source=source, providers={"student": student}, terms=terms, steps=steps, saving=SAVING,
-                 optim=AdamW(peak_lr=peak_lr, warmup=50, b2=0.98), log_every=100)
+                 optim=AdamW(peak_lr=2e-3, warmup=50, b2=0.98), log_every=100)
 
 
 def recipe() -> Recipe:
@@ -52,7 +51,7 @@ def recipe() -> Recipe:
     return Recipe(name="quickstart", stages=(
         Call(name="world", fn=build_world, kwargs={
             "lesson_rows": (2500, 2500, 2500, 6000), "teacher_rows": 8000, "questions": 8000}),
-        train("base", lessons, beginner, CE, steps=BASE_STEPS, peak_lr=3e-3),
+        train("base", lessons, beginner, CE, steps=BASE_STEPS),
         train("teacher", store("stage:world/teacher"), base, CE),
         Generate(name="traces", teacher="stage:teacher", questions="stage:world/questions", batch_size=512,
                  sampling=Sampling(temperature=0.7, max_new_tokens=12)),
