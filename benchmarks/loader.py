@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from distill_jax.data.render import render, template_id
-from distill_jax.data.sources import Store, open_source, serve
+from distill_jax.data.source_specs import Store
+from distill_jax.data.sources import open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.traces.store import SignalHeader, StoreHeader, TopKRow, TraceStore
 from distill_jax.traces.trace import Trace, simple_trace

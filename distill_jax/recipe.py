@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill_jax.core import spec
-from distill_jax.data.sources import Source
+from distill_jax.data.source_specs import Source
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.term import Term

@@ -8,7 +8,7 @@ Before it: `distill-jax score traces/ --teacher MODEL --signal topk:64`.
 Hardware, time: `distill-jax plan configs/recipes/kd.py --on h200:1`.
 """
 
-from distill_jax.data.sources import Store
+from distill_jax.data.source_specs import Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.objective.term import Term

@@ -6,7 +6,7 @@ Expected: the student writes the teacher's kind of thinking; compare `configs/re
 Hardware, time: `distill-jax plan configs/recipes/sft.py --on h200:1`.
 """
 
-from distill_jax.data.sources import Store
+from distill_jax.data.source_specs import Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Recipe, Saving, Stage, Student

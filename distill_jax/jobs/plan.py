@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_jax.data.sources import stores
+from distill_jax.data.source_specs import stores
 from distill_jax.jobs.hardware import Device
 from distill_jax.loading import hub_config
 from distill_jax.models import families

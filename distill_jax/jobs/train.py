@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.core import spec
-from distill_jax.data.sources import Source, Store, check_supervised, map_stores, open_source, serve
+from distill_jax.data.source_specs import Source, Store, map_stores
+from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
 from distill_jax.loading import load, local_folder

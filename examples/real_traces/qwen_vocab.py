@@ -4,7 +4,7 @@ What it shows: the import, the store, packing and the lifted loss at a real voca
 the student little beyond the frequencies of tokens. Size and lr are guesses that fit two CPU cores.
 """
 
-from distill_jax.data.sources import Mix, Store
+from distill_jax.data.source_specs import Mix, Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Recipe, Saving, Stage, Student

@@ -6,7 +6,7 @@ practice), not tuned. Expected: lower held-out cross-entropy with KD after equal
 
 import dataclasses
 
-from distill_jax.data.sources import Store
+from distill_jax.data.source_specs import Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.objective.term import Term

@@ -1,6 +1,6 @@
 """A teacher on real traces with an 8k vocabulary: width 256, 4 layers, cross-entropy. Sizes and lr are guesses."""
 
-from distill_jax.data.sources import Store
+from distill_jax.data.source_specs import Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Recipe, Saving, Stage, Student

@@ -8,7 +8,8 @@ import pytest
 from distill_jax.core.roles import ANSWER, QUESTION, SUPERVISED, THINK
 from distill_jax.data.render import Style, render
 from distill_jax.data.rowset import FlatRows
-from distill_jax.data.sources import Mix, Phases, Store, held_out, open_source, serve, stores
+from distill_jax.data.source_specs import Mix, Phases, Store, stores
+from distill_jax.data.sources import held_out, open_source, serve
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.traces.ops.strip_thinking import StripThinking
 from distill_jax.traces.trace import FLAG_TRUNCATED, Segment, Trace, simple_trace

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from distill_jax.cli.main import build_app
 from distill_jax.core.roles import QUESTION
 from distill_jax.data.render import render, template_id
-from distill_jax.data.sources import Store
+from distill_jax.data.source_specs import Store
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.checks import looks_cut, normalised
 from distill_jax.jobs.doctor import examine
@@ -245,7 +245,7 @@ def test_commands(tmp_path, tok, monkeypatch):
 
 
 RECIPE = """
-from distill_jax.data.sources import Mix, Store
+from distill_jax.data.source_specs import Mix, Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.term import Term

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from distill_jax.cli.main import build_app
 from distill_jax.core.roles import ANSWER
-from distill_jax.data.sources import Store
+from distill_jax.data.source_specs import Store
 from distill_jax.jobs.hardware import DEVICES, parse
 from distill_jax.jobs.plan import fits, plan_recipe
 from distill_jax.losses.rows.divergences import forward_kl

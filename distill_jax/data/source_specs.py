@@ -1,0 +1,128 @@
+"""What a stage can name as its source: a store (`Store`), several at once (`Mix`) or in turn (`Phases`).
+
+Frozen specs without any reading; `data.sources.open_source` opens them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from distill_jax.data.pack import OverLong
+from distill_jax.data.render import Style
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """Rows of a trace store as training batches.
+
+    path       store, local or URL
+    signals    names of teacher signals to read beside the tokens
+    rows       sequences in a global batch; seq_len: tokens of each
+    pack       several rows in a sequence (they never see each other); False: one each, padded
+    split      "train" or "heldout": whole questions, by a hash, so the split depends on nothing else
+    holdout    share of the questions that is held out
+    verdict    "correct" (checked and right), "not_wrong" (also unchecked), "any"
+    over_long  rows longer than seq_len, and traces cut by their generator: "drop" them, or "cut": keep what there is
+               of them. Only "cut" trains on traces without the end of their answer
+    max_rows   keep at most so many rows, chosen by a hash (the same ones for every seed)
+    ops        operators on the traces; rows whose text they change are rendered again and lose their signal
+    style      how the supervised turn is written (think tags)
+    """
+
+    path: str
+    signals: tuple[str, ...] = ()
+    rows: int = 8
+    seq_len: int = 1024
+    pack: bool = True
+    split: Literal["train", "heldout", "all"] = "train"
+    holdout: float = 0.0
+    verdict: Literal["correct", "any", "not_wrong"] = "any"
+    over_long: OverLong = "drop"
+    max_rows: int | None = None
+    ops: tuple[Any, ...] = ()
+    style: Style = Style()
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.seq_len < 2:
+            raise ValueError(f"rows must be at least 1 and seq_len at least 2, got {self.rows} and {self.seq_len}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is a share of the questions in [0, 1), got {self.holdout}")
+        if self.split == "heldout" and self.holdout == 0:
+            raise ValueError("split='heldout' needs holdout > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several:
+    """What is made of several sources of one seq_len."""
+
+    sources: tuple[Any, ...]
+
+    @property
+    def seq_len(self) -> int:
+        return self.sources[0].seq_len
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(n for s in self.sources for n in s.signals))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix(Several):
+    """Sequences of several stores in fixed shares. Every batch is as near to the shares as whole sequences allow.
+
+    rows: sequences in a global batch (the sources' own `rows` do not count); all sources have one seq_len.
+    """
+
+    sources: tuple[Store, ...]
+    weights: tuple[float, ...]
+    rows: int = 8
+
+    def __post_init__(self) -> None:
+        if len(self.sources) != len(self.weights) or not self.sources:
+            raise ValueError(f"a Mix needs one weight for each source, got {len(self.sources)} sources and "
+                             f"{len(self.weights)} weights")
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError(f"weights of a Mix must not be negative and not all zero, got {self.weights}")
+        if len({s.seq_len for s in self.sources}) > 1:
+            raise ValueError(f"the sources of a Mix must have one seq_len, got {[s.seq_len for s in self.sources]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phases(Several):
+    """Sources one after the other, a curriculum: each for its number of updates, the last one to the end.
+
+    steps   updates of each source but the last. All sources have the same rows and seq_len
+    """
+
+    sources: tuple[Store | Mix, ...]
+    steps: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sources or len(self.steps) != len(self.sources) - 1:
+            raise ValueError(f"Phases need the updates of every source but the last, got {len(self.sources)} sources "
+                             f"and {len(self.steps)} numbers of updates")
+        if any(s < 1 for s in self.steps):
+            raise ValueError(f"every phase needs at least one update, got steps={self.steps}")
+        if len({(s.rows, s.seq_len) for s in self.sources}) > 1:
+            shapes = [(s.rows, s.seq_len) for s in self.sources]
+            raise ValueError(f"the sources of Phases must agree in (rows, seq_len), got {shapes}")
+
+    @property
+    def rows(self) -> int:
+        return self.sources[0].rows
+
+
+Source = Store | Mix | Phases
+"""What a stage can name as its source."""
+
+
+def stores(source: Source) -> Iterator[Store]:
+    """Every store of a source, in order."""
+    return iter((source,)) if isinstance(source, Store) else (s for part in source.sources for s in stores(part))
+
+
+def map_stores(source: Source, fn: Callable[[Store], Store]) -> Any:
+    """The same source with `fn` applied to every store."""
+    if isinstance(source, Store):
+        return fn(source)
+    return replace(source, sources=tuple(map_stores(s, fn) for s in source.sources))
