@@ -1,4 +1,4 @@
-"""What `examples/real_traces.sh` has to tell: rows, rejections, tokens, teacher, held-out losses, times."""
+"""What `examples/real_traces.sh` has to tell: rows, rejections, tokens, teacher and its entropy, held-out losses."""
 
 import json
 import sys
@@ -14,6 +14,11 @@ def main(out: Path) -> None:
     for name in ("real_qwen_vocab", "real_teacher"):
         done = json.loads((runs / name / "done.json").read_text())
         print(f"{name}: {done['seconds']:.0f} s, held-out {done['result'].get('heldout', 'not measured')}")
+    score = json.loads((out / "score.json").read_text())
+    for role, s in (("all", score), *score["by_role"].items()):
+        if s.get("tokens"):
+            print(f"teacher on {role}: {s['tokens']} tokens, NLL {s['nll']:.4f}, entropy {s['entropy']:.4f} nats, "
+                  f"retained mass {s['mass']:.4f}")
     rows = []
     for run in sorted(runs.glob("students-*")):
         done = {k: json.loads((run / k / "done.json").read_text()) for k in ("kd", "ce")}

@@ -1,10 +1,10 @@
 """The quickstart's data: what the base, the teacher and the students see.
 
-A small model that has never looked anything up stays at chance for thousands of updates: before its two attention
-layers work together, neither is of use. Two documents and few names make the step small enough to be taken in about
-a hundred updates; from there more documents and more names follow at once (docs/LOG.md). So the base's look-ups come
-in lessons. Then the teacher learns two-hop questions with oracle thinking, and the students learn from what the
-teacher wrote. Everything is a pure function of the seed.
+A small model that has never looked anything up stays at chance for thousands of updates: before its attention layers
+work together, none is of use. Two documents and few names make the step small enough to be taken in about a hundred
+updates; from there more documents and more names follow at once, in both relations (docs/LOG.md). So the base's
+look-ups come in lessons. Then the teacher learns two-hop questions with oracle thinking, and the students learn from
+what the teacher wrote. Everything is a pure function of the seed.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ class Lesson:
     names: int
 
 
-NAMES = 8
+NAMES = 16
 """Names of each type in the two-hop questions, of training and of evaluation."""
 
 LESSONS = (
-    Lesson(ks=(2,), names=4), Lesson(ks=(2, 4), names=6), Lesson(ks=(2, 4, 6), names=NAMES),
+    Lesson(ks=(2,), names=4), Lesson(ks=(2, 4), names=6), Lesson(ks=(2, 4, 6), names=8),
     Lesson(ks=(2, 4, 6, 8), names=NAMES))
 """From the easiest to all that the two-hop questions need."""
 
