@@ -72,7 +72,22 @@ class TokenLogprob:
     mask: Array
 
 
-Signal = TopK | TokenLogprob
+@_pytree
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Outcomes drawn from the teacher at each token (random sampling KD): an unbiased stand-in for its distribution.
+
+    ids      int32 [B,T,S]    token ids, each at most once, -1 where fewer than S are kept
+    weights  float32 [B,T,S]  their shares (draws of this id x importance), summing to 1; 0 where ids is -1
+    mask     bool [B,T]       whether the teacher said anything about this token
+    """
+
+    ids: Array
+    weights: Array
+    mask: Array
+
+
+Signal = TopK | TokenLogprob | Sampled
 
 
 @_pytree

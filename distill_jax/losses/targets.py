@@ -47,4 +47,22 @@ class TopKTarget:
     grad_dtype: Any = None
 
 
-Target = Labels | Full | TopKTarget
+@_pytree("ids", "weights", meta=("grad_dtype",))
+@dataclass(frozen=True)
+class SampledTarget:
+    """Outcomes drawn from the teacher: sum(weights * f(ids)) estimates the teacher's mean of f without bias.
+
+    Only what is linear in the teacher's probabilities can be had from it: cross-entropy against the teacher, and so
+    the gradient of forward KL (Random Sampling KD).
+
+    ids      int32 [N,S]    unique within a row; -1 where fewer than S are kept
+    weights  float32 [N,S]  summing to 1; 0 where -1
+    grad_dtype  as in `TopKTarget`
+    """
+
+    ids: Array
+    weights: Array
+    grad_dtype: Any = None
+
+
+Target = Labels | Full | TopKTarget | SampledTarget

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from distill_jax.core.batch import Signal, TokenLogprob, TopK
+from distill_jax.core.batch import Sampled, Signal, TokenLogprob, TopK
 from distill_jax.core.head import Head, wide
-from distill_jax.losses.targets import Full, Labels, Target, TopKTarget
+from distill_jax.losses.targets import Full, Labels, SampledTarget, Target, TopKTarget
 
 Array = Any
 ROW_AXES = ("data", "fsdp")
@@ -244,6 +244,8 @@ def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: 
         signal = fields.signals[name.removeprefix("signals/")]
         if isinstance(signal, TopK):
             return TopKTarget(signal.ids, signal.logprobs, compute_dtype)
+        if isinstance(signal, Sampled):
+            return SampledTarget(signal.ids, signal.weights, compute_dtype)
         assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
         return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype)
     return Full(jax.lax.stop_gradient(logits[name]))
