@@ -29,7 +29,7 @@ join=(--join "$data/2_traces/qwen3_think_on_off/items.json:id=item_id")
 echo "== import with the Qwen2.5 tokenizer"
 dj import "${traces[@]}" --tokenizer "$data/7_tokenizers/qwen2.5" --out "$out/qwen" "${limit[@]}"
 dj import "${qwen3[@]}" "${join[@]}" --tokenizer "$data/7_tokenizers/qwen2.5" --out "$out/qwen3" "${limit[@]}"
-dj store inspect "$out/qwen3" | head -60
+dj store inspect "$out/qwen3" | sed -n 1,60p  # reads to the end: under pipefail a closed pipe would stop the script
 
 echo "== 50 steps at the Qwen2.5 vocabulary"
 dj train examples/real_traces/qwen_vocab.py --set runs="$out/runs" \
