@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -74,6 +74,13 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
     def items(self) -> list[Item]: ...
+
+
+@runtime_checkable
+class LeavesOut(Protocol):
+    """A task that could not use everything it was given: {what: how many}, printed in the report."""
+
+    def left_out(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

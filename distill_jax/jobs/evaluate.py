@@ -3,6 +3,7 @@
 `OUT/records/NAME.json` is written after each model, so an evaluation that was stopped goes on with the next one.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from distill_jax.core import spec
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.eval import report
 from distill_jax.eval.answerers import UrlAnswerer, model_answerer
-from distill_jax.eval.records import Answerer, Records, Task
+from distill_jax.eval.records import Answerer, LeavesOut, Records, Task
 from distill_jax.eval.run import run
 from distill_jax.eval.tasks import find, make
 from distill_jax.jobs.progress import Ticker
@@ -79,6 +80,8 @@ def evaluate(models: Mapping[str, str], task: Task, out: Path, asking: Asking = 
         records[name].save(kept)
         say(f"{name}: {records[name].mean('correct'):.1%} of {len(records[name])} answers right")
     plan = plan or report.Plan()
+    if isinstance(task, LeavesOut):
+        plan = dataclasses.replace(plan, extra=task.left_out() | dict(plan.extra))
     value = report.write(out, records, plan)
     say(report.table_text(value, records, plan))
     return value

@@ -79,6 +79,12 @@ def oracle(tmp_path):
     return path
 
 
+def test_what_was_left_out_is_counted(oracle):
+    out = make("multidoc_qa", data=str(oracle), k=(2, 9), questions=20).left_out()
+    assert out["rows without a usable answer"] == 1 and out["distractors refused for holding an answer"] >= 1
+    assert make("multidoc_qa", k=(2,)).left_out() == {}
+
+
 def test_oracle_file_builds_the_exact_prompt(oracle):
     items = make("multidoc_qa", data=str(oracle), k=(2, 5), questions=20).items()
     assert not any("thing 3\n" in i.question for i in items), "the gold `*` normalises to nothing"

@@ -52,6 +52,14 @@ class MultidocQA:
                 out += world_items(spec, self.questions, self.positions)
         return out
 
+    def left_out(self) -> dict[str, int]:
+        """What of a file was not asked or not shown, at the largest k; nothing for the generated world."""
+        if not self.data:
+            return {}
+        _, dropped = read_questions(self.data, max(self.k), self.questions, self.seed)
+        return {"rows without a usable answer": dropped.empty_gold,
+                "distractors refused for holding an answer": dropped.leaks}
+
 
 def _file_items(task: MultidocQA) -> Iterator[Item]:
     for k in task.k:
