@@ -16,7 +16,7 @@ def adaptive_kl(logits: Array, target: Target, *, mu: float = 0.5, temperature: 
                 temper: Temper = "exact") -> Array:
     """(g_head KL(p||q) + g_tail KL(q||p)) / (g_head + g_tail) * tau^2, g = sum of |p - q| over head or tail.
 
-    AKL (Wu et al. 2024, 2404.02657), eq. 16-18; p teacher, q student, mu 0.5. logits float32 [N,V] -> float32 [N]. The
+    AKL (Wu et al. 2024, 2404.02657); p teacher, q student, mu 0.5. logits float32 [N,V] -> float32 [N]. The
     head is the smallest set of most probable tokens that holds a mass of at least mu of the teacher's; equally probable
     ones are in it together. No gradient through the weights; both are 1/2 where p = q. (The authors' code puts the
     token that crosses mu into the tail unless it is the first; DSKD's agrees with the paper.)

@@ -17,7 +17,7 @@ def alpha_beta(logits: Array, target: Target, *, alpha: float = 0.2, beta: float
                temper: Temper = "exact") -> Array:
     """-1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
 
-    ABKD (Wang et al. 2025, 2505.04560), definition 3.1; p teacher, q student, times tau^2. logits float32 [N,V] ->
+    ABKD (Wang et al. 2025, 2505.04560); p teacher, q student, times tau^2. logits float32 [N,V] ->
     float32 [N]. (1, 0) is forward KL(p||q) and (0, 1) reverse KL(q||p), as limits; zero exponents are those limits
     throughout (the authors' code has 1/beta for 1/beta^2 there, another size unless the other exponent is 1). A larger
     alpha weighs the tokens with large errors less, a larger beta those the student is sure of more.

@@ -15,8 +15,8 @@ def cross_entropy(logits: Array, target: Target) -> Array:
     """-log q(y) for `Labels`; -sum_v p(v) log q(v) for a teacher's distribution p.
 
     logits float32 [N,V] -> float32 [N]. A teacher's target gives the gradient of forward KL; the value exceeds it by
-    the teacher's entropy (over K kept ids and one tail bucket for a `TopKTarget`, see `outcomes`). From a `SampledTarget`
-    value and gradient are unbiased estimates of those against the whole teacher.
+    the teacher's entropy (over K kept ids and one tail bucket for a `TopKTarget`, see `outcomes`). From a
+    `SampledTarget` value and gradient are unbiased estimates of those against the whole teacher.
     """
     if isinstance(target, Labels):
         return -log_prob(logits, target)

@@ -64,7 +64,7 @@ def skew_forward_kl(logits: Array, target: Target, *, alpha: float = 0.1, temper
                     temper: Temper = "exact") -> Array:
     """KL(p || alpha p + (1-alpha) q) * tau^2, p teacher, q student: forward KL that is at most -log alpha.
 
-    DistiLLM (Ko et al. 2024, 2402.03898), eq. 3, alpha 0.1. alpha = 0 is forward KL. Raises ValueError for alpha
+    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is forward KL. Raises ValueError for alpha
     outside [0, 1).
     """
     _check_alpha(alpha)
@@ -89,7 +89,7 @@ def skew_reverse_kl(logits: Array, target: Target, *, alpha: float = 0.1, temper
 
 
 def total_variation(logits: Array, target: Target) -> Array:
-    """1/2 sum_v |p(v) - q(v)|, p teacher, q student, in [0, 1] (f-distill, Wen et al. 2023, 2307.15190, section 3).
+    """1/2 sum_v |p(v) - q(v)|, p teacher, q student, in [0, 1] (f-distill, Wen et al. 2023, 2307.15190).
 
     The gradient is that of the sign, so it does not fade as q nears p, and is 0 where they are equal.
     """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from distill_jax.core.head import NEG
 from distill_jax.losses.rows.outcomes import kept_and_tail, outcomes
 from distill_jax.losses.rows.tempering import Temper
-from distill_jax.losses.targets import Full, Labels, Target, TopKTarget
+from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
 
@@ -16,18 +16,18 @@ Array = Any
 def plackett_luce(logits: Array, target: Target, *, temperature: float = 1.0, temper: Temper = "exact") -> Array:
     """sum_k p(pi_k) [log sum_{l>=k} exp z(pi_l) - z(pi_k)], pi = (y, then the teacher's order), z student's logits.
 
-    PLD (2506.12542), eq. 9 in the form of the cards: no separate cross-entropy; p = softmax(teacher logits / tau), only
-    the teacher is tempered. logits float32 [N,V], y = the target's `token` -> float32 [N]. p all on y is cross-entropy.
-    Not zero where student = teacher: it goes on growing margins. Ties fall to the smaller id (`Full`) or the earlier
-    slot (`TopKTarget`). It sorts.
+    PLD (2506.12542), the weighted list-wise likelihood: no separate cross-entropy; p = softmax(teacher logits / tau),
+    only the teacher is tempered. logits float32 [N,V], y = the target's `token` -> float32 [N]. With p all on y it is
+    cross-entropy. Not zero where student = teacher: it goes on growing margins. Ties fall to the smaller id (`Full`)
+    or the earlier slot (`TopKTarget`). It sorts.
 
     Tail: on a `TopKTarget` the bucket stands last, with the log-sum-exp of the logits in it, so the terms of kept ids
     are exact and only the ranking within the tail is left out (a lower bound). A `y` that is not kept is taken out of
     the bucket and ranked first, with the most probability it can have: the smallest kept one, or all of the tail.
     Raises ValueError for a target without `token`.
     """
-    token = target.ids if isinstance(target, Labels) else getattr(target, "token", None)
     log_p = outcomes(jax.lax.stop_gradient(logits), target, temperature, temper)[1]
+    token = getattr(target, "token", None)
     if token is None:
         raise ValueError("plackett_luce ranks the token that stands there first: the target has no `token`")
     if isinstance(target, TopKTarget):
@@ -47,7 +47,7 @@ def _topk_ranking(logits: Array, target: TopKTarget, token: Array, log_p: Array)
     scores = jnp.concatenate([student[0], student[1][:, None]], axis=-1)
     there = jax.lax.stop_gradient(scores) > NEG / 2
     kept, tail = log_p[:, :-1], log_p[:, -1]
-    most = jnp.minimum(tail, jnp.min(jnp.where(ids >= 0, kept, 0.0), axis=-1))  # what y can have at most
+    most = jnp.minimum(tail, jnp.min(jnp.where(kept > NEG / 2, kept, 0.0), axis=-1))  # what y can have at most
     weights = jnp.where(there, jnp.exp(jnp.concatenate([most[:, None], log_p], axis=-1)), 0.0)
     key = jnp.concatenate([jnp.full_like(own, -2.0, weights.dtype), jnp.where(is_y, -2.0, -weights[:, 1:-1]),
                            jnp.full_like(own, 1.0, weights.dtype)], axis=-1)

@@ -19,7 +19,7 @@ def taid(logits: Array, target: Target, *, t: Array) -> Array:
 
     Tail: for a `TopKTarget` the interpolation is over K kept ids and the tail bucket, (tail q)^(1-t) (tail p)^t. By
     Hoelder's inequality that is at least what the tail's tokens would have one by one, sum q^(1-t) p^t, and equal at
-    t = 0, at t = 1, and where the two tails are proportional: between, the kept ids get too little rather than too much.
+    t = 0, at t = 1, and where the two tails are proportional: between, the kept ids get rather too little.
     """
     log_q, log_p = outcomes(logits, target)
     t = jnp.asarray(t, log_q.dtype)
