@@ -1,0 +1,50 @@
+"""Recipes that are only row losses: their terms trace on the signals they name, so none meets a signal it refuses."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from distill_jax.core.batch import Batch, Sampled, Stream, TopK
+from distill_jax.core.head import Head
+from distill_jax.objective.term import build_objective
+from distill_jax.recipe import Stage, load_recipe
+
+B, T, D, V = 2, 8, 4, 600
+FOLDER = Path(__file__).parents[2] / "configs/recipes"
+ROW_RECIPES = ("sft", "kd", "taid", "pld", "gkd", "rs_kd", "minillm_reverse_kl", "skew_kl", "abkd", "akl",
+               "truncated_topk", "distillm2")
+
+
+def batch(signals):
+    ints = jnp.ones((B, T), jnp.int32)
+    stream = Stream(tokens=ints, positions=ints, segment_ids=ints, roles=ints * 4, step_ids=ints,
+                    weights=jnp.ones((B, T)), row_ids=ints)
+    make = {}
+    for name in signals:
+        k = int("".join(c for c in name if c.isdigit()))
+        ids, numbers, mask = jnp.ones((B, T, k), jnp.int32), jnp.ones((B, T, k)), jnp.ones((B, T), bool)
+        make[name] = (Sampled(ids=ids, weights=numbers, mask=mask) if name.startswith("sampled")
+                      else TopK(ids=ids, logprobs=numbers, mask=mask))
+    return Batch(views={"main": stream}, signals=make)
+
+
+@pytest.mark.parametrize("name", ROW_RECIPES)
+def test_terms_trace_on_their_signals(name):
+    [stage] = load_recipe(FOLDER / f"{name}.py").stages
+    assert isinstance(stage, Stage)
+    objective = build_objective(stage.terms)
+    assert objective.sources == ("student/main",) and set(objective.signals) == set(stage.source.signals)
+
+    def loss(hidden, kernel, rows):
+        state, step = objective.init(), jnp.int32(0)
+        weights = objective.weights(rows, step, state)
+        total, metrics = objective.loss({"student/main": (hidden, Head(kernel=kernel))}, rows, weights,
+                                        objective.dynamic(step, state))
+        objective.update(state, metrics, step)
+        return total
+
+    grads = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), jnp.zeros((B, T, D)), jnp.zeros((V, D)),
+                           batch(objective.signals))
+    assert [g.shape for g in grads] == [(B, T, D), (V, D)]
