@@ -1,5 +1,6 @@
 """Recipes that are only row losses: their terms trace on the signals they name, so none meets a signal it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -48,3 +49,16 @@ def test_terms_trace_on_their_signals(name):
     grads = jax.eval_shape(jax.grad(loss, argnums=(0, 1)), jnp.zeros((B, T, D)), jnp.zeros((V, D)),
                            batch(objective.signals))
     assert [g.shape for g in grads] == [(B, T, D), (V, D)]
+
+
+def test_contrastive_terms_are_taken_on_their_own_rows():
+    """DistiLLM-2: a row carries the signal of its store alone, and that decides which term sees it."""
+    [stage] = load_recipe(FOLDER / "distillm2.py").stages
+    assert isinstance(stage, Stage)
+    objective = build_objective(stage.terms)
+    rows = batch(objective.signals)
+    first = jnp.arange(B)[:, None] == jnp.zeros((1, T), jnp.int32)
+    rows.signals["teacher64"] = replace(rows.signals["teacher64"], mask=first)
+    rows.signals["student64"] = replace(rows.signals["student64"], mask=~first)
+    weights = objective.weights(rows, jnp.int32(0)).weights
+    assert weights["skl"].sum(1).tolist() == [0.5, 0.0] and weights["srkl"].sum(1).tolist() == [0.0, 0.5]

@@ -1,13 +1,12 @@
 """Divergences between teacher p and student q, on `Full` and `TopKTarget` (K kept ids + one tail bucket).
 
-Each takes logits float32 [N,V] and returns float32 [N]. `outcomes` says which outcomes are compared. KL(a||b) = sum
-a log(a/b). `temperature` tau divides both sides' logits and multiplies the divergence by tau^2, so that the size of
-the gradient does not depend on it (Hinton et al. 2015, section 2.1); with a `TopKTarget` it needs a rule for the tail,
-`temper` (`tempering`). All are f-divergences: on K + 1 outcomes they are lower bounds of the full ones. Only forward KL
-can be had from a `SampledTarget`.
+Each takes logits float32 [N,V] and returns float32 [N]. `outcomes` says which outcomes are compared. KL(a||b) = sum a
+log(a/b). `temperature` tau divides both sides' logits and multiplies the divergence by tau^2, so that the size of the
+gradient does not depend on it (Hinton et al. 2015, section 2.1); with a `TopKTarget` it needs a rule for the tail,
+`temper` (`tempering`). All are f-divergences: on K + 1 outcomes, at temperature 1, they are lower bounds of the full
+ones. Only forward KL can be had from a `SampledTarget`.
 """
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,30 +59,26 @@ def generalized_jsd(logits: Array, target: Target, *, beta: float = 0.5, tempera
     return factor * (beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m))
 
 
-def skew_forward_kl(logits: Array, target: Target, *, alpha: float = 0.1, temperature: float = 1.0,
+def skew_forward_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1, temperature: float = 1.0,
                     temper: Temper = "exact") -> Array:
     """KL(p || alpha p + (1-alpha) q) * tau^2, p teacher, q student: forward KL that is at most -log alpha.
 
-    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is forward KL. Raises ValueError for alpha
-    outside [0, 1).
+    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is forward KL; it may be a schedule. Raises
+    ValueError for a number outside [0, 1).
     """
     _check_alpha(alpha)
-    if alpha == 0.0:
-        return forward_kl(logits, target, temperature=temperature, temper=temper)
     log_q, log_p = outcomes(logits, target, temperature, temper)
     return temperature**2 * _kl(log_p, _mixture(alpha, log_p, log_q))
 
 
-def skew_reverse_kl(logits: Array, target: Target, *, alpha: float = 0.1, temperature: float = 1.0,
+def skew_reverse_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1, temperature: float = 1.0,
                     temper: Temper = "exact") -> Array:
     """KL(q || (1-alpha) p + alpha q) * tau^2, p teacher, q student: reverse KL that is at most -log alpha.
 
-    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is reverse KL. Raises ValueError for alpha
-    outside [0, 1).
+    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is reverse KL; it may be a schedule. Raises
+    ValueError for a number outside [0, 1).
     """
     _check_alpha(alpha)
-    if alpha == 0.0:
-        return reverse_kl(logits, target, temperature=temperature, temper=temper)
     log_q, log_p = outcomes(logits, target, temperature, temper)
     return temperature**2 * _kl(log_q, _mixture(alpha, log_q, log_p))
 
@@ -101,11 +96,12 @@ def _kl(log_a: Array, log_b: Array) -> Array:
     return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
-def _mixture(share: float, log_a: Array, log_b: Array) -> Array:
-    """log(share a + (1 - share) b)."""
-    return jnp.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+def _mixture(share: Any, log_a: Array, log_b: Array) -> Array:
+    """log(share a + (1 - share) b), share a number or a traced scalar in [0, 1)."""
+    share = jnp.asarray(share, log_a.dtype)
+    return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
 
 
-def _check_alpha(alpha: float) -> None:
-    if not 0.0 <= alpha < 1.0:
+def _check_alpha(alpha: Any) -> None:
+    if isinstance(alpha, int | float) and not 0.0 <= alpha < 1.0:
         raise ValueError(f"a skew KL needs 0 <= alpha < 1 (0 is the plain KL, 1 compares nothing), got {alpha}")
