@@ -23,21 +23,27 @@ class Labels:
     ids: Array
 
 
-@_pytree("logits")
+@_pytree("logits", "token")
 @dataclass(frozen=True)
 class Full:
-    """A whole teacher distribution. logits float32 [N,V]; V may differ from the student's (padded heads)."""
+    """A whole teacher distribution.
+
+    logits  float32 [N,V]  V may differ from the student's (padded heads)
+    token   int32 [N]      the token that stands there, for losses that want both (PLD); None = not known
+    """
 
     logits: Array
+    token: Array | None = None
 
 
-@_pytree("ids", "logprobs", meta=("grad_dtype",))
+@_pytree("ids", "logprobs", "token", meta=("grad_dtype",))
 @dataclass(frozen=True)
 class TopKTarget:
-    """The teacher's K most probable outcomes; everything else is one tail bucket.
+    """The teacher's K most probable outcomes (K = 1: any one of them); everything else is one tail bucket.
 
     ids       int32 [N,K]    unique within a row; -1 where fewer than K are kept
     logprobs  float32 [N,K]  full-vocabulary log-probabilities at temperature 1, not renormalised; -inf where -1
+    token     int32 [N]      as in `Full`
     grad_dtype  dtype that the gradient of the logits will be rounded to anyway (the lift's compute dtype), None =
               theirs. Rounding before the scatter of the kept ids saves a pass over [N,V] in float32
     """
@@ -45,6 +51,7 @@ class TopKTarget:
     ids: Array
     logprobs: Array
     grad_dtype: Any = None
+    token: Array | None = None
 
 
 @_pytree("ids", "weights", meta=("grad_dtype",))

@@ -243,12 +243,12 @@ def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: 
     if name.startswith("signals/"):
         signal = fields.signals[name.removeprefix("signals/")]
         if isinstance(signal, TopK):
-            return TopKTarget(signal.ids, signal.logprobs, compute_dtype)
+            return TopKTarget(signal.ids, signal.logprobs, compute_dtype, fields.tokens)
         if isinstance(signal, Sampled):
             return SampledTarget(signal.ids, signal.weights, compute_dtype)
         assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
-        return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype)
-    return Full(jax.lax.stop_gradient(logits[name]))
+        return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype, fields.tokens)
+    return Full(jax.lax.stop_gradient(logits[name]), fields.tokens)
 
 
 def chunk_size(count: int, chunk: int) -> int:

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.core.batch import TokenLogprob, TopK
+from distill_jax.core.batch import Sampled, TokenLogprob, TopK
 from distill_jax.core.head import Head
-from distill_jax.losses.targets import Full, Labels, TopKTarget
+from distill_jax.losses.targets import Full, Labels, SampledTarget, TopKTarget
 
 
 def dense_total(sources, terms, weights, *, tokens, signals=None):
@@ -19,10 +19,11 @@ def dense_total(sources, terms, weights, *, tokens, signals=None):
             target = Labels(next_(tokens))
         elif term.target.startswith("signals/"):
             s = signals[term.target.removeprefix("signals/")]
-            target = (TopKTarget(next_(s.ids), next_(s.logprobs)) if isinstance(s, TopK)
-                      else TopKTarget(next_(tokens)[:, None], next_(s.logprobs)[:, None]))
+            target = (TopKTarget(next_(s.ids), next_(s.logprobs), None, next_(tokens)) if isinstance(s, TopK)
+                      else SampledTarget(next_(s.ids), next_(s.weights)) if isinstance(s, Sampled)
+                      else TopKTarget(next_(tokens)[:, None], next_(s.logprobs)[:, None], None, next_(tokens)))
         else:
-            target = Full(jax.lax.stop_gradient(logits[term.target]))
+            target = Full(jax.lax.stop_gradient(logits[term.target]), next_(tokens))
         rows = term.loss(logits[term.source], target, **term.kwargs, **term.dynamic)
         total = total + jnp.sum(next_(weights[name]).astype(rows.dtype) * rows)
     return total
@@ -44,6 +45,15 @@ def random_topk(rng, shape, vocab, k, empty=0.3):
     mask = rng.random(shape) < 0.8
     return TopK(ids=jnp.asarray(np.where(gone, -1, ids)), logprobs=jnp.asarray(np.where(gone, -np.inf, logprobs)),
                 mask=jnp.asarray(mask))
+
+
+def random_sampled(rng, shape, vocab, draws):
+    """Shares of `draws` draws from random distributions: unique ids, padded with -1."""
+    counts = np.stack([rng.multinomial(draws, rng.dirichlet(np.full(vocab, 0.3))) for _ in range(np.prod(shape))])
+    ids = np.argsort(-counts, -1, kind="stable")[:, :draws].astype(np.int32)
+    weights = np.take_along_axis(counts, ids, -1).astype(np.float32) / draws
+    shaped = lambda x: jnp.asarray(x.reshape(*shape, -1))
+    return Sampled(ids=shaped(np.where(weights > 0, ids, -1)), weights=shaped(weights), mask=jnp.ones(shape, bool))
 
 
 def random_token_signal(rng, shape):

@@ -3,7 +3,8 @@
 Shapes: N rows, V vocabulary, K kept outcomes, M compared outcomes. For a `Full` target the outcomes are the ids both
 heads have (M = min of the two V). For a `TopKTarget` they are the K kept ids and one tail bucket (M = K + 1):
 the teacher's tail is `1 - sum(kept)`, the student's the mass of every id that is not kept, so nothing is renormalised
-and a divergence of the M outcomes is a lower bound of the full one (data processing inequality).
+and an f-divergence of the M outcomes is a lower bound of the full one (data processing inequality).
+A `SampledTarget` says nothing about single outcomes; see `drawn`.
 
 An outcome that one side cannot have (padding of K, padded vocabulary, ids the student lacks) is `NEG` on both sides,
 and contributes exactly zero to value and gradient. Everything is float32 (float64 where the logits are).
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.core.head import NEG, wide
-from distill_jax.losses.targets import Full, Target, TopKTarget
+from distill_jax.losses.rows.tempering import Temper, check_temper, tail_bounds
+from distill_jax.losses.targets import Full, SampledTarget, Target, TopKTarget
 
 Array = Any
 
@@ -101,25 +103,47 @@ def _kept_and_tail_bwd(grad_dtype: Any, saved: tuple[Array, ...], grads: tuple[A
 kept_and_tail.defvjp(_kept_and_tail_fwd, _kept_and_tail_bwd)
 
 
-def outcomes(logits: Array, target: Target, temperature: float = 1.0) -> tuple[Array, Array]:
+def outcomes(logits: Array, target: Target, temperature: Any = 1.0, temper: Temper = "exact") -> tuple[Array, Array]:
     """(log q, log p) [N,M] of student and teacher over the same outcomes; no gradient through log p.
 
-    logits [N,V]. `temperature` divides both sides' logits; exact only where every outcome is known, so a
-    `TopKTarget` refuses another one than 1. Raises ValueError for that, and for `Labels`.
+    logits [N,V]. `temperature` divides both sides' logits. The student's side is always exact; the teacher's only
+    where every outcome is known, so that a `TopKTarget` refuses another one than 1 unless `temper` says what to take
+    for the tail. Raises ValueError for that, for a temperature that is not positive, for `Labels` and
+    `SampledTarget`.
     """
+    check_temper(temperature, temper)
     if isinstance(target, Full):
         return _full(logits, target, temperature)
     if isinstance(target, TopKTarget):
-        if temperature != 1.0:
+        if isinstance(temperature, int | float) and temperature == 1:
+            return _topk(logits, target)
+        if temper == "exact":
             raise ValueError(
                 f"temperature={temperature} with a top-k target: the tail is a sum over ids and cannot be tempered "
-                "exactly. Use temperature=1, or a full target (an online teacher or a `hidden` signal)")
-        return _topk(logits, target)
+                "exactly. Use temperature=1, a full target (a teacher on the mesh or a `hidden` signal), or "
+                "temper='student', which bounds what it does (losses/rows/tempering.py)")
+        return _topk_tempered(logits, target, temperature, temper)
+    if isinstance(target, SampledTarget):
+        raise ValueError(
+            "this loss is not linear in the teacher's probabilities, and a sampled signal gives only their means. Use "
+            "cross_entropy or forward_kl at temperature 1 on it, or for this loss a topk or hidden signal or a "
+            "teacher on the mesh")
     raise ValueError(f"expected a Full or TopKTarget target, got {type(target).__name__}: this loss compares "
                      "distributions; name a signal or a provider as the term's target, not 'tokens'")
 
 
-def _full(logits: Array, target: Full, temperature: float) -> tuple[Array, Array]:
+def drawn(logits: Array, target: SampledTarget) -> tuple[Array, Array]:
+    """(log q, w) [N,S] of the outcomes that were drawn, w their shares; no gradient through w.
+
+    logits [N,V]. log q is NEG and w 0 where an id is absent or the student lacks it.
+    """
+    logits = logits.astype(wide(logits))
+    weights = jax.lax.stop_gradient(target.weights.astype(logits.dtype))
+    student: Any = kept_and_tail(logits, jnp.where(weights > 0, target.ids, -1), target.grad_dtype)
+    return student[0], jnp.where(jax.lax.stop_gradient(student[0]) > _ABSENT, weights, 0.0)
+
+
+def _full(logits: Array, target: Full, temperature: Any) -> tuple[Array, Array]:
     vocab = min(logits.shape[-1], target.logits.shape[-1])
     z = logits[:, :vocab].astype(wide(logits))
     t = jax.lax.stop_gradient(target.logits[:, :vocab].astype(z.dtype))
@@ -131,12 +155,51 @@ def _full(logits: Array, target: Full, temperature: float) -> tuple[Array, Array
 
 def _topk(logits: Array, target: TopKTarget) -> tuple[Array, Array]:
     logits = logits.astype(wide(logits))
-    logprobs = jax.lax.stop_gradient(target.logprobs.astype(logits.dtype))
-    stored = (target.ids >= 0) & (logprobs > _ABSENT)
-    student: Any = kept_and_tail(logits, jnp.where(stored, target.ids, -1), target.grad_dtype)
-    kept, tail = student
-    teacher_kept = jnp.where(jax.lax.stop_gradient(kept) > _ABSENT, logprobs, NEG)
+    ids, logprobs = _stored(target, logits.dtype)
+    student: Any = kept_and_tail(logits, ids, target.grad_dtype)
+    teacher_kept, teacher_tail = _teacher(logprobs, *jax.lax.stop_gradient(student))
+    return _joined(*student), _joined(teacher_kept, teacher_tail)
+
+
+def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: Temper) -> tuple[Array, Array]:
+    """The student exactly; the teacher's kept outcomes up to the common factor that S decides (`tempering`)."""
+    logits = logits.astype(wide(logits))
+    real = logits > _ABSENT
+    hot = jnp.where(real, logits / temperature, NEG)
+    ids, logprobs = _stored(target, logits.dtype)
+    student: Any = kept_and_tail(hot, ids, target.grad_dtype)
+    kept, tail = jax.lax.stop_gradient(student)
+    teacher_kept, log_mass = _teacher(logprobs, kept, tail)
+    lacking = (ids >= 0) & (kept <= _ABSENT)  # known to the teacher, but in this student's tail
+    count = jnp.sum(real, axis=-1) - jnp.sum(kept > _ABSENT, axis=-1) + jnp.sum(lacking, axis=-1)
+    smallest = jnp.min(jnp.where(ids >= 0, logprobs, 0.0), axis=-1)
+    top_is_known = ~jnp.any(lacking, axis=-1) & (ids.shape[-1] > 1)  # one kept id need not be the most probable
+    log_top = jnp.where(top_is_known, jnp.minimum(smallest, log_mass), log_mass)
+    even, packed = tail_bounds(log_mass, log_top, count, temperature)
+    log_s = {"even": even, "packed": packed}.get(temper)
+    if log_s is None:
+        z = jax.lax.stop_gradient(logits)
+        cold: Any = kept_and_tail(z, ids)
+        of_student = tail + log_normalizer(jax.lax.stop_gradient(hot)) - log_normalizer(z) / temperature
+        log_s = jnp.clip(of_student + (log_mass - cold[1]) / temperature, jnp.minimum(even, packed),
+                         jnp.maximum(even, packed))
+    there = jnp.concatenate([kept, tail[:, None]], axis=-1) > _ABSENT
+    teacher = jnp.where(there, _joined(teacher_kept / temperature, log_s), NEG)
+    return _joined(*student), jnp.where(there, teacher - log_normalizer(teacher)[:, None], NEG)
+
+
+def _stored(target: TopKTarget, dtype: Any) -> tuple[Array, Array]:
+    """(ids, logprobs) with -1 where nothing is stored; no gradient."""
+    logprobs = jax.lax.stop_gradient(target.logprobs.astype(dtype))
+    return jnp.where((target.ids >= 0) & (logprobs > _ABSENT), target.ids, -1), logprobs
+
+
+def _teacher(logprobs: Array, kept: Array, tail: Array) -> tuple[Array, Array]:
+    """The teacher's (kept [N,K], tail [N]) for a student's: NEG where the student's is, the rest is tail."""
+    teacher_kept = jnp.where(kept > _ABSENT, logprobs, NEG)
     mass = 1.0 - jnp.sum(jnp.exp(teacher_kept), axis=-1)
-    teacher_tail = jnp.where(jax.lax.stop_gradient(tail) > _ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)
-    return (jnp.concatenate([kept, tail[:, None]], axis=-1),
-            jnp.concatenate([teacher_kept, teacher_tail[:, None]], axis=-1))
+    return teacher_kept, jnp.where(tail > _ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)
+
+
+def _joined(kept: Array, tail: Array) -> Array:
+    return jnp.concatenate([kept, tail[:, None]], axis=-1)

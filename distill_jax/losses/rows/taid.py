@@ -15,7 +15,11 @@ def taid(logits: Array, target: Target, *, t: Array) -> Array:
     """-sum_v p_t(v) log q(v), p_t = softmax((1-t) sg[log q] + t log p), q student, p teacher.
 
     Shing et al. 2025 (2501.16937), eq. 3-4. logits float32 [N,V], t scalar in [0,1] (`TAIDSchedule`) -> float32 [N].
-    For a `TopKTarget` the interpolation is over K kept ids and the tail bucket. At t = 0 the gradient is zero.
+    At t = 0 the gradient is zero.
+
+    Tail: for a `TopKTarget` the interpolation is over K kept ids and the tail bucket, (tail q)^(1-t) (tail p)^t. By
+    Hoelder's inequality that is at least what the tail's tokens would have one by one, sum q^(1-t) p^t, and equal at
+    t = 0, at t = 1, and where the two tails are proportional: between, the kept ids get rather too little.
     """
     log_q, log_p = outcomes(logits, target)
     t = jnp.asarray(t, log_q.dtype)
