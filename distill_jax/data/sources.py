@@ -273,6 +273,9 @@ def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
             here, other = reader.header, out.get(name)
             if other is not None and other.kind != here.kind:
                 raise ValueError(f"signal {name!r} is {other.kind} in one store and {here.kind} in {part.spec.path}")
+            if other is not None and other.head != here.head:
+                raise ValueError(f"signal {name!r} was made with another head in {part.spec.path}: only hidden states "
+                                 "of one teacher can be mixed")
             if other is None or here.k > other.k:
                 out[name] = here
     return out

@@ -109,11 +109,14 @@ def test_compiles_once_per_bucket():
 def test_no_logits_of_the_whole_batch():
     model, params = make(PLAIN)
     b, t, v = 4, 96, PLAIN.vocab_size
-    jaxpr = jax.make_jaxpr(scoring._score, static_argnums=(0, 5, 6, 7, 8))(
-        model, params, jnp.zeros((b, t), jnp.int32), jnp.zeros(b, jnp.int32), jnp.zeros((b, t), bool), 4, 32, v, None)
-    assert f"f32[32,{v}]" in str(jaxpr)
-    for shape in (f"[{b},{t},{v}]", f"[{b * t},{v}]"):
-        assert shape not in str(jaxpr)
+    for spec in ("topk:4", "sampled:5:0.8", "hidden", "token"):
+        static = scoring._Static(spec=SignalSpec.parse(spec), chunk=32, real=v)
+        jaxpr = jax.make_jaxpr(scoring._score, static_argnums=(0, 6))(
+            model, params, jnp.zeros((b, t), jnp.int32), jnp.zeros(b, jnp.int32), jnp.zeros((b, t), bool),
+            jnp.zeros(b, jnp.uint32), static)
+        assert f"f32[32,{v}]" in str(jaxpr)
+        for shape in (f"[{b},{t},{v}]", f"[{b * t},{v}]"):
+            assert shape not in str(jaxpr)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1)])

@@ -157,7 +157,7 @@ def test_boundaries_and_resume(store):
     ({"tail": np.zeros(3, np.float32)}, "tail must be"),
 ])
 def test_bad_rows(change, message):
-    from distill_jax.traces.store.signals import make_codec
+    from distill_jax.traces.store.codecs import make_codec
     good = {"ids": np.array([[1, 2]] * 3), "logprobs": np.full((3, 2), -1.0, np.float32), "mask": np.ones(3, bool)}
     codec = make_codec(SignalHeader(kind="topk", k=2))
     codec.encode(TopKRow(**good), 3)
@@ -166,8 +166,10 @@ def test_bad_rows(change, message):
 
 
 def test_bad_headers_and_kinds(store):
-    for kwargs, message in (({"kind": "hidden"}, "unknown signal kind"), ({"kind": "topk"}, "cannot have k=0"),
+    for kwargs, message in (({"kind": "hiden"}, "unknown signal kind"), ({"kind": "topk"}, "cannot have k=0"),
                             ({"kind": "token", "k": 4}, "cannot have k=4"),
+                            ({"kind": "hidden", "k": 8}, "needs the teacher's head"),
+                            ({"kind": "hidden", "k": 8, "head": {}, "precision": "u8"}, "unknown precision"),
                             ({"kind": "token", "precision": "u4"}, "unknown precision")):
         with pytest.raises(ValueError, match=message):
             SignalHeader(**kwargs)
