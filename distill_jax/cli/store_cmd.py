@@ -84,3 +84,32 @@ def ingest(
     if report["unknown_outcomes"]:
         print(f"  at {report['unknown_outcomes']:,} tokens an outcome has no id here: its mass is the tail's",
               file=sys.stderr)
+
+
+@app.command()
+def fidelity(
+    url: Url,
+    teacher: Annotated[str, typer.Option(help="the MODEL that made the signals")],
+    student: Annotated[str, typer.Option(help="a MODEL at the start of its training")],
+    signals: Annotated[str, typer.Option(help="names, separated by commas; default: all")] = "",
+    out: Annotated[str, typer.Option(help="folder for fidelity.json, .md and .png")] = "",
+    holdout: Annotated[float, typer.Option(help="share of the questions held out; 0: any row")] = 0.02,
+    tokens: Annotated[int, typer.Option(help="tokens measured at most", min=1)] = 4096,
+    dtype: Annotated[str, typer.Option(help="of the computation")] = "float32",
+) -> None:
+    """What the stored signals are worth: KL and gradients against the whole teacher, calibration, bytes a token.
+
+    Angles are between gradients of forward KL from the signal and from the whole teacher, over all tokens: of the
+    student's head (summed over tokens) and of its logits (every token by itself).
+    """
+    from pathlib import Path
+
+    from distill_jax.eval.fidelity import table, write
+    from distill_jax.jobs.fidelity import FidelityJob
+    from distill_jax.jobs.fidelity import fidelity as run
+
+    report = run(FidelityJob(store=url, teacher=teacher, student=student, holdout=holdout, tokens=tokens, dtype=dtype,
+                             signals=tuple(s for s in signals.split(",") if s)))
+    print(table(report), end="")
+    if out:
+        print("\n".join(str(p) for p in write(report, Path(out))), file=sys.stderr)

@@ -29,7 +29,7 @@ def systematic(p: Array, u: Array, n: int) -> Array:
     masses = jnp.sum(blocks, axis=-1)
     upto = jnp.cumsum(masses, axis=-1)
     below = lambda x, top: jnp.minimum(x, jnp.nextafter(top, jnp.zeros_like(top)))
-    place = (u[:, None] + jnp.arange(n, dtype=jnp.float32)) / n * upto[:, -1:]
+    place = (u[:, None] + jnp.arange(n, dtype=jnp.float32)[None]) / n * upto[:, -1:]
     place = below(place, upto[:, -1:])  # rounding must not lead past the last id, nor to one without mass
     block = jnp.sum(upto[:, None, :] <= place[..., None], axis=-1, dtype=jnp.int32)
     take = lambda x: jnp.take_along_axis(x, block, axis=1)
