@@ -78,3 +78,25 @@ def test_states_of_another_vocabulary_are_refused(scored, tmp_path):
     student = SimpleNamespace(tokenizer=SimpleNamespace(real=tok.real + 1))
     with pytest.raises(ValueError, match="their vocabularies differ"):
         stored_heads(source, ("hidden",), student, None)
+
+
+def test_fidelity_of_a_scored_store(scored):
+    """States give the whole teacher back, sixteen draws less of it; a store of another tokenizer is refused."""
+    from distill_jax.jobs.fidelity import FidelityJob, measure
+    from distill_jax.traces.store import TraceStore
+
+    folder, tok, _ = scored
+    models = {"teacher": tiny_model(tok.real), "student": tiny_model(tok.real, seed=1)}
+    job = FidelityJob(store="", teacher="t", student="s", holdout=0, tokens=100, chunk=32)
+    store = TraceStore.open(str(folder / "s"))
+    report = measure(store, models, {"teacher": tok, "student": tok}, job)
+    got = report["signals"]
+    assert report["tokens"] == 100
+    assert got["hidden"]["angle_logits"] < 1 < got["sampled16"]["angle_logits"]
+    assert got["hidden"]["kl"] < 1e-3 and got["topk64"]["angle_head"] < got["topk64, renormalised"]["angle_head"]
+    mask = sum(int(r.mask.sum()) for r in store.signal("topk64").read(range(len(store))))
+    size = sum(b for c in store.signal("topk64").shards for m in c.arrays.values() for b, _ in m.files.values())
+    assert got["topk64"]["bytes_per_token"] == pytest.approx(size / mask, rel=1e-6)
+    other = load_tokenizer(tiny_folder(folder / "other", vocabulary=300))
+    with pytest.raises(ValueError, match="not the store's"):
+        measure(store, models, {"teacher": other, "student": tok}, job)

@@ -59,6 +59,11 @@ def parse(row: Mapping[str, Any]) -> Said:
                      f"{COLUMNS['tokens'][0]}, {COLUMNS['ids'][0]}, {COLUMNS['logprobs'][0]}")
 
 
+def _number(value: Any) -> float:
+    """JSON has no NaN: writers put null in its place."""
+    return float("nan") if value is None else float(value)
+
+
 Found = tuple[Sequence[Token], Sequence[Mapping[Token, float]]] | None
 
 
@@ -66,8 +71,8 @@ def _vllm(row: Mapping[str, Any]) -> Found:
     said, tokens = row.get("prompt_logprobs"), row.get("prompt_token_ids")
     if said is None or tokens is None:
         return None
-    number = lambda x: float(x["logprob"] if isinstance(x, Mapping) else x)
-    return tokens, [{int(k): number(x) for k, x in (here or {}).items()} for here in said]
+    value = lambda x: _number(x["logprob"] if isinstance(x, Mapping) else x)
+    return tokens, [{int(k): value(x) for k, x in (here or {}).items()} for here in said]
 
 
 def _sglang(meta: Mapping[str, Any]) -> Found:
@@ -86,14 +91,14 @@ def _openai(choice: Mapping[str, Any]) -> Found:
         return None
     if said.get("content") is not None:
         content = said["content"]
-        outcomes = [{_chat_token(x): float(x["logprob"]) for x in [*(entry.get("top_logprobs") or []), entry]}
+        outcomes = [{_chat_token(x): _number(x["logprob"]) for x in [*(entry.get("top_logprobs") or []), entry]}
                     for entry in content]
         return [_chat_token(entry) for entry in content], outcomes
     if said.get("tokens") is None or said.get("token_logprobs") is None:
         return None
     tokens = [_named(t) for t in said["tokens"]]
     top = said.get("top_logprobs") or [None] * len(tokens)
-    return tokens, [{_named(t): float(x) for t, x in (best or {}).items()} | ({} if own is None else {t: float(own)})
+    return tokens, [{_named(t): _number(x) for t, x in (best or {}).items()} | ({} if own is None else {t: float(own)})
                     for t, own, best in zip(tokens, said["token_logprobs"], top)]
 
 
