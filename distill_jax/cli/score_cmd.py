@@ -12,18 +12,20 @@ Opt = typer.Option
 def score(
     store: Annotated[str, typer.Argument(help="folder or gs://, s3:// URL of the store")],
     teacher: Annotated[str, Opt(help="run, Hugging Face folder, hub id or URL")],
-    signal: Annotated[str, Opt(help="topk:K (the K most probable tokens, and the tail's mass) or token")] = "topk:64",
-    name: Annotated[str, Opt(help="name of the signal in the store; default: topkK or token")] = "",
+    signal: Annotated[str, Opt(help="topk:K (the K most probable tokens, and the tail's mass), sampled:N (N draws), "
+                                "hidden or hidden:int8 (final states, the head once), token")] = "topk:64",
+    name: Annotated[str, Opt(help="name of the signal in the store; default: topkK, sampledN, hidden, token")] = "",
     batch_tokens: Annotated[int, Opt(help="padded tokens of a batch")] = 16384,
     dtype: Annotated[str, Opt(help="of the computation: auto, float32, bfloat16, float16")] = "auto",
     on: Annotated[str, Opt(help="roles to score, or all")] = "think,answer,tool_call",
-    precision: Annotated[str, Opt(help="of the stored log-probs: u8, u16, f16, f32; default by kind")] = "",
+    precision: Annotated[str, Opt(help="of the stored values: u8, u16, f16, f32; default by kind")] = "",
     skip_long: Annotated[bool, Opt(help="leave rows beyond the teacher's context without signal")] = False,
     tokenizer: Annotated[str, Opt(help="the teacher's tokenizer, where it is not beside the teacher")] = "",
     mesh: Annotated[str, Opt(help="device mesh, e.g. data=1,fsdp=-1,tensor=1; default: one device")] = "",
     as_json: Annotated[bool, Opt("--json", help="print the report as JSON")] = False,
 ) -> None:
-    """Write what a teacher thinks of every token of a store: log-probs of its top K outcomes, or of the token itself.
+    """Write what a teacher thinks of every token of a store: its top K outcomes, draws from it, its final states, or
+    the log-prob of the token itself.
 
     The same command continues a scoring that was stopped.
     """
@@ -47,7 +49,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     out = [f"signal {report['signal']} ({report['kind']}): {report['rows']:,} rows, {report['tokens']:,} tokens with "
            f"signal, from {where}"]
     out += [f"  {n:,} rows without signal: {why}" for why, n in report["rows_without_signal"].items()]
-    kept = lambda r: f", retained mass {r['mass']:.4f}" if report["kind"] != "token" else ""
+    shows_mass = report["kind"].startswith(("topk", "sampled"))
+    kept = lambda r: f", retained mass {r['mass']:.4f}" if shows_mass else ""
     for title, r in (("all", report), *report["by_role"].items()):
         if r.get("tokens"):
             out.append(f"  {title:>9}  {r['tokens']:>12,} tokens, teacher NLL {r['nll']:.4f}, entropy "

@@ -87,7 +87,22 @@ class Sampled:
     mask: Array
 
 
-Signal = TopK | TokenLogprob | Sampled
+@_pytree
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates:
+    """The teacher's final-norm state that predicts each token; its head, stored once, makes exact logits of it.
+
+    states  bfloat16 or int8 [B,T,D]
+    scales  float32 [B,T]  what the states are multiplied by: 1 for bfloat16, 0 where masked
+    mask    bool [B,T]     whether the teacher said anything about this token
+    """
+
+    states: Array
+    scales: Array
+    mask: Array
+
+
+Signal = TopK | TokenLogprob | Sampled | HiddenStates
 
 
 @_pytree

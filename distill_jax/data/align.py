@@ -18,6 +18,7 @@ import numpy as np
 
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.tokenizer import same_real_ids
+from distill_jax.traces.store.signals import SampledRow, SignalRow, TokenRow, TopKRow
 
 MIN_COVERAGE = 0.9
 _PRIMES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5)
@@ -109,22 +110,30 @@ def _mix(keys: np.ndarray) -> np.ndarray:
     return out
 
 
-def gather_topk(ids: np.ndarray, logprobs: np.ndarray, mask: np.ndarray, index: np.ndarray,
-                mapping: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Top-k arrays ([S,K], [S,K], [S]) of the source row at the target's tokens: ids and log-probs [T,K], mask [T].
-    Outcomes the target has no id for are taken out; their mass is the tail's."""
-    said = (index >= 0) & mask[index]
-    out, values = ids[index], logprobs[index]
-    if mapping is not None:
-        out = np.where(out >= 0, mapping[np.maximum(out, 0)], -1)
-    keep = said[:, None] & (out >= 0)
-    return np.where(keep, out, -1).astype(np.int32), np.where(keep, values, -np.inf).astype(np.float32), said
+def gather(row: SignalRow, index: np.ndarray, mapping: np.ndarray | None = None) -> Any:
+    """A signal of the source row at the target's tokens (`Alignment.index`).
 
-
-def gather_token(logprobs: np.ndarray, mask: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs of the realised tokens at the target's tokens: [T] and mask [T]."""
-    said = (index >= 0) & mask[index]
-    return np.where(said, logprobs[index], 0.0).astype(np.float32), said
+    Outcomes the target has no id for are taken out: their mass is the tail's (top-k), or that of the other draws
+    (sampled; a token with no other draw has no signal). Raises ValueError for hidden states of another vocabulary:
+    the stored head has the ids of its teacher.
+    """
+    out = row.at(index)
+    if mapping is None or isinstance(out, TokenRow):
+        return out
+    if not isinstance(out, TopKRow | SampledRow):
+        raise ValueError("hidden states cannot be attached to tokens with other ids than the teacher's: their head has "
+                         "the teacher's ids. Score topk or sampled instead")
+    ids = np.where(out.ids >= 0, mapping[np.maximum(out.ids, 0)], -1).astype(np.int32)
+    lost = (out.ids >= 0) & (ids < 0)
+    if isinstance(out, TopKRow):
+        logprobs = np.where(lost, np.float32(-np.inf), out.logprobs)
+        moved = np.exp(out.logprobs).sum(axis=1, where=lost, initial=0)
+        tail = None if out.tail is None else np.clip(out.tail + moved, 0, 1).astype(np.float32)
+        return TopKRow(ids=ids, logprobs=logprobs, mask=out.mask, tail=tail)
+    weights = np.where(lost, np.float32(0), out.weights)
+    total = weights.sum(axis=1)
+    weights = weights / np.where(total > 0, total, 1).astype(np.float32)[:, None]
+    return SampledRow(ids=ids, weights=weights, mask=out.mask & (total > 0))
 
 
 def require_coverage(alignments: Iterable[Alignment], least: float = MIN_COVERAGE) -> float:

@@ -1,24 +1,27 @@
 """Rows into the arrays of a `Batch`: the only place where per-token fields are laid side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from distill_jax.core.batch import Batch, Signal, Stream, TokenLogprob, TopK
+from distill_jax.core.batch import Batch, HiddenStates, Sampled, Signal, Stream, TokenLogprob, TopK
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.data.tokenizer import Tokenizer
-from distill_jax.traces.store import RowArrays, SignalHeader
+from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, blank
+
+BATCHED: dict[str, Any] = {"topk": TopK, "token": TokenLogprob, "sampled": Sampled, "hidden": HiddenStates}
+"""What a signal of each kind is in a batch: the arrays of its rows that have the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """One row on its way into a batch. signals: name -> arrays aligned with the row, or None."""
+    """One row on its way into a batch. signals: name -> what the teacher said of it, aligned with it, or None."""
 
     row: RowArrays
     row_id: int
-    signals: Mapping[str, tuple | None]
+    signals: Mapping[str, SignalRow | None]
 
 
 class BatchBuilder:
@@ -32,14 +35,11 @@ class BatchBuilder:
         self.weights = np.zeros(shape, np.float32)
         self.row_ids = np.full(shape, -1, np.int32)
         self.signals: dict[str, dict[str, np.ndarray]] = {}
+        self._kinds = {name: BATCHED[header.kind] for name, header in headers.items()}
         for name, header in headers.items():
-            arrays: dict[str, np.ndarray] = {"mask": np.zeros(shape, bool)}
-            if header.kind == "topk":
-                arrays["ids"] = np.full((*shape, header.k), -1, np.int32)
-                arrays["logprobs"] = np.full((*shape, header.k), -np.inf, np.float32)
-            else:
-                arrays["logprobs"] = np.zeros(shape, np.float32)
-            self.signals[name] = arrays
+            nothing = blank(header, 1).arrays()
+            self.signals[name] = {field.name: np.array(np.broadcast_to(nothing[field.name][0], (
+                *shape, *nothing[field.name].shape[1:]))) for field in fields(self._kinds[name])}
 
     def put(self, b: int, placed: Iterable[Placed]) -> None:
         """Lay rows one after the other into sequence b. A row longer than what is left is cut."""
@@ -54,28 +54,16 @@ class BatchBuilder:
             self.step_ids[b, where] = p.row.steps[:n]
             self.weights[b, at + 1:at + n] = 1.0
             self.row_ids[b, where] = p.row_id
-            for name, arrays in p.signals.items():
-                if arrays is not None:
-                    self._put_signal(self.signals[name], b, where, n, arrays)
+            for name, said in p.signals.items():
+                for field, into in self.signals[name].items() if said is not None else ():
+                    values = getattr(said, field)[:n]
+                    into[(b, where, *(slice(k) for k in values.shape[1:]))] = values  # a store may keep fewer outcomes
             at += n
-
-    @staticmethod
-    def _put_signal(into: dict[str, np.ndarray], b: int, where: slice, n: int, arrays: tuple) -> None:
-        if len(arrays) == 3:
-            ids, logprobs, mask = arrays
-            k = ids.shape[1]
-            into["ids"][b, where, :k] = ids[:n]
-            into["logprobs"][b, where, :k] = logprobs[:n]
-        else:
-            logprobs, mask = arrays
-            into["logprobs"][b, where] = logprobs[:n]
-        into["mask"][b, where] = mask[:n]
 
     def batch(self) -> Batch:
         main = Stream(tokens=self.tokens, positions=self.positions, segment_ids=self.segment_ids, roles=self.roles,
                       step_ids=self.step_ids, weights=self.weights, row_ids=self.row_ids)
-        signals: dict[str, Signal] = {
-            name: TopK(**a) if "ids" in a else TokenLogprob(**a) for name, a in self.signals.items()}
+        signals: dict[str, Signal] = {name: self._kinds[name](**a) for name, a in self.signals.items()}
         return Batch(views={"main": main}, signals=signals)
 
 

@@ -18,7 +18,7 @@ from distill_jax.data import align
 from distill_jax.data.render import Style, render, template_id
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.traces.ops.base import Op, Pipeline
-from distill_jax.traces.store import Row, RowArrays, SignalReader, TopKRow, TraceStore
+from distill_jax.traces.store import Row, RowArrays, SignalReader, SignalRow, TraceStore
 from distill_jax.traces.trace import Trace
 
 SAMPLE = 64  # rows whose coverage is measured before a run
@@ -103,23 +103,18 @@ class RowSet:
     def read(self, numbers: np.ndarray) -> list[RowArrays]:
         return self.store.read(self.origin[numbers]) if self.flat is None else self.flat.read(numbers)
 
-    def read_signal(self, reader: SignalReader, numbers: np.ndarray, rows: Sequence[RowArrays]) -> list[tuple | None]:
-        """Signal of these rows, aligned with them: (ids, logprobs, mask) or (logprobs, mask) for each; None where
-        a row has none. `rows` are the rows as `read` gave them."""
+    def read_signal(self, reader: SignalReader, numbers: np.ndarray, rows: Sequence[RowArrays]
+                    ) -> list[SignalRow | None]:
+        """Signal of these rows, aligned with them; None where a row has none. `rows`: as `read` gave them."""
         numbers = np.asarray(numbers)
         ok = np.flatnonzero(self.attached[numbers] & (self.origin[numbers] < len(reader)))
         ids = self.origin[numbers[ok]]
         signals = reader.read(ids) if len(ids) else []
         stored = self.store.read(ids) if self.flat is not None and len(ids) else [None] * len(ids)
-        out: list[tuple | None] = [None] * len(numbers)
+        out: list[SignalRow | None] = [None] * len(numbers)
         for i, signal, source in zip(ok.tolist(), signals, stored):
-            topk = isinstance(signal, TopKRow)
-            if source is None:
-                out[i] = (signal.ids, signal.logprobs, signal.mask) if topk else (signal.logprobs, signal.mask)
-                continue
-            index = align.align(source, rows[i], self._map).index
-            out[i] = (align.gather_topk(signal.ids, signal.logprobs, signal.mask, index, self._map) if topk
-                      else align.gather_token(signal.logprobs, signal.mask, index))
+            out[i] = signal if source is None else align.gather(
+                signal, align.align(source, rows[i], self._map).index, self._map)
         return out
 
     def coverage(self) -> float:

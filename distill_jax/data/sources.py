@@ -24,7 +24,7 @@ from distill_jax.data.rowset import RowSet, open_rows
 from distill_jax.data.serve import Served
 from distill_jax.data.source_specs import Mix, Phases, Source, Store
 from distill_jax.data.tokenizer import Tokenizer
-from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, TraceStore
+from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, StoredHead, TraceStore
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED
 
 CUT_ANSWER = (FLAG_TRUNCATED, FLAG_UNTERMINATED, FLAG_EMPTY_ANSWER)
@@ -133,6 +133,10 @@ class BatchSource:
     def batch_size(self) -> int:
         return self.rows
 
+    def head(self, signal: str) -> StoredHead:
+        """The teacher's head of a signal of hidden states: one for all stores."""
+        return self.parts[0].signals[signal].head()
+
     @property
     def steps_per_epoch(self) -> float:
         """Steps until the first store has been seen once."""
@@ -192,6 +196,9 @@ class PhasedSource:
     @property
     def signals(self) -> dict[str, SignalHeader]:
         return self.parts[0].signals
+
+    def head(self, signal: str) -> StoredHead:
+        return self.parts[0].head(signal)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -273,6 +280,9 @@ def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
             here, other = reader.header, out.get(name)
             if other is not None and other.kind != here.kind:
                 raise ValueError(f"signal {name!r} is {other.kind} in one store and {here.kind} in {part.spec.path}")
+            if other is not None and other.head != here.head:
+                raise ValueError(f"signal {name!r} was made with another head in {part.spec.path}: only hidden states "
+                                 "of one teacher can be mixed")
             if other is None or here.k > other.k:
                 out[name] = here
     return out

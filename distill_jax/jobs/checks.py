@@ -307,9 +307,10 @@ def shifted_signal(p: Patient) -> list[Finding]:
         numbers = [j for j, i in enumerate(p.sample) if i < len(reader)][:64]
         signals = reader.read(p.sample[numbers]) if numbers else []
         rows = [p.stored[j] for j in numbers]
-        topk = reader.header.kind == "topk"
-        unit = "mean log-prob of the realised token" if topk else "correlation of log-prob and token"
-        scores = {s: (_likelihood if topk else _explained)(rows, signals, s) for s in SHIFTS}
+        if reader.header.kind not in _SHIFT_SCORES:  # states say nothing without the head
+            continue
+        score, unit = _SHIFT_SCORES[reader.header.kind]
+        scores = {s: score(rows, signals, s) for s in SHIFTS}
         best = max(scores, key=lambda s: scores[s])
         if best != 0 and scores[best] > scores[0] + 0.02:
             out.append(Finding(
@@ -343,6 +344,16 @@ def _likelihood(rows: Sequence[RowArrays], signals: Sequence[Any], shift: int) -
     return float(flat.mean()) if len(flat) else 0.0
 
 
+def _drawn(rows: Sequence[RowArrays], signals: Sequence[Any], shift: int) -> float:
+    """Mean share of the draws that are the token `shift` further on."""
+    values = []
+    for row, s in zip(rows, signals):
+        t, tokens = _pairs(row, s.mask, shift)
+        values.append(np.where(s.ids[t] == tokens[:, None], s.weights[t], 0).sum(axis=1))
+    flat = np.concatenate(values) if values else np.zeros(0)
+    return float(flat.mean()) if len(flat) else 0.0
+
+
 def _explained(rows: Sequence[RowArrays], signals: Sequence[Any], shift: int) -> float:
     """Correlation of the log-prob with the mean log-prob of the other places of the same token id: high only where
     token and log-prob belong together."""
@@ -361,6 +372,11 @@ def _explained(rows: Sequence[RowArrays], signals: Sequence[Any], shift: int) ->
     if often.sum() < 8 or rest.std() == 0 or x[often].std() == 0:
         return 0.0
     return float(np.corrcoef(rest, x[often])[0, 1])
+
+
+_SHIFT_SCORES = {"topk": (_likelihood, "mean log-prob of the realised token"),
+                 "token": (_explained, "correlation of log-prob and token"),
+                 "sampled": (_drawn, "share of the draws that are the realised token")}
 
 
 CHECKS = (supervised_mask, think_tags, template_drift, padded_vocabulary, truncated_answers, duplicate_questions,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from distill_jax.core.roles import ROLE_STYLE, SUPERVISED, Role
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
-from distill_jax.traces.store import Row, SignalReader, TopKRow, TraceStore
+from distill_jax.traces.store import HiddenRow, Row, SignalReader, TokenRow, TopKRow, TraceStore
 
 BAR = 40
 SAMPLE = 128
@@ -48,23 +48,26 @@ def stored_bytes(shards: Sequence[Any]) -> dict[str, int]:
 
 
 def signal_summary(signal: SignalReader) -> dict[str, Any]:
-    """Header, coverage, and for topk the histogram of the retained mass over a sample of rows."""
+    """Header, coverage, and over a sample of rows for topk the histogram of the retained mass, for token the mean
+    log-prob, for sampled the mean number of distinct outcomes a token, for hidden the mean norm of the states."""
     out: dict[str, Any] = {"header": signal.header.to_json(), "rows": len(signal),
                            "bytes": stored_bytes(signal.shards)}
     ids = np.unique(np.linspace(0, max(len(signal) - 1, 0), min(SAMPLE, len(signal)), dtype=np.int64))
-    masses, logprobs = [], []
-    for row in signal.read(ids):
-        if isinstance(row, TopKRow):
-            assert row.tail is not None
-            masses.append(1.0 - row.tail[row.mask])
-        else:
-            logprobs.append(row.logprobs[row.mask])
-    if masses:
-        mass = np.concatenate(masses)
-        out |= {"retained_mass": histogram(mass, MASS_EDGES), "mean_retained_mass": float(mass.mean())}
-    if logprobs and sum(map(len, logprobs)):
-        out["mean_logprob"] = float(np.concatenate(logprobs).mean())
+    name, measure = _MEASURES[signal.header.kind]
+    values = np.concatenate([np.zeros(0), *(measure(row)[row.mask] for row in signal.read(ids))])
+    if len(values):
+        out[f"mean_{name}"] = float(values.mean())
+        if name == "retained_mass":
+            out[name] = histogram(values, MASS_EDGES)
     return out
+
+
+_MEASURES: dict[str, tuple[str, Callable[[Any], np.ndarray]]] = {
+    "topk": ("retained_mass", lambda row: 1.0 - row.tail),
+    "token": ("logprob", lambda row: row.logprobs),
+    "sampled": ("distinct_outcomes", lambda row: (row.ids >= 0).sum(axis=1)),
+    "hidden": ("norm", lambda row: np.linalg.norm(row.states.astype(np.float32), axis=1) * row.scales)}
+"""What a token of a signal is summed up by: [T] of a row."""
 
 
 def length_edges(lengths: np.ndarray) -> list[int]:
@@ -133,13 +136,15 @@ def _print_signal(name: str, signal: Mapping[str, Any], facts: Mapping[str, Any]
     kind = f"{header['kind']}:{header['k']}" if header["k"] else header["kind"]
     used = sum(signal["bytes"].values()) / max(facts["tokens"] * signal["rows"] / max(facts["rows"], 1), 1)
     console.print(Text.assemble(
-        ("\nsignal ", "bold"), (name, "bold"), f"  {kind}, {header['precision']} log-probs, {covered}, about "
+        ("\nsignal ", "bold"), (name, "bold"), f"  {kind}, {header['precision']}, {covered}, about "
         f"{used:.1f} bytes/token\n  teacher {header['teacher']}\n  params {dict(header['params'])}"))
     if "retained_mass" in signal:
         console.print(Text(f"  retained mass, mean {signal['mean_retained_mass']:.4f}"))
         _print_histogram(signal["retained_mass"], lambda x: f"{x:g}", console)
-    if "mean_logprob" in signal:
-        console.print(Text(f"  mean log-prob {signal['mean_logprob']:.4f}"))
+    for key, title in (("mean_logprob", "log-prob"), ("mean_norm", "norm of the states"),
+                       ("mean_distinct_outcomes", "distinct outcomes a token")):
+        if key in signal:
+            console.print(Text(f"  mean {title} {signal[key]:.4f}"))
 
 
 def _print_histogram(bins: Sequence[tuple[float, float, int]], show: Callable[[float], str],
@@ -224,12 +229,16 @@ def _shown(raw: bytes) -> str:
 
 
 def _said(signal: Any, t: int, tok: Tokenizer | None) -> str:
-    """What the teacher said at token t: its three most probable outcomes, or the log-prob of the token there."""
+    """What the teacher said at token t: its three most probable outcomes, or the log-prob of the token there, or the
+    norm of its state."""
     if not signal.mask[t]:
         return "-"
-    if not isinstance(signal, TopKRow):
+    if isinstance(signal, TokenRow):
         return f"{signal.logprobs[t]:.3f}"
-    assert signal.tail is not None
-    top = [(int(i), float(x)) for i, x in zip(signal.ids[t, :3], signal.logprobs[t, :3]) if i >= 0]
+    if isinstance(signal, HiddenRow):
+        assert signal.scales is not None
+        return f"norm {np.linalg.norm(signal.states[t].astype(np.float32)) * signal.scales[t]:.4g}"
+    shares = np.exp(signal.logprobs[t, :3]) if isinstance(signal, TopKRow) else signal.weights[t, :3]
     name = lambda i: str(i) if tok is None else _shown(_bytes_of(tok, i))
-    return "  ".join([f"{name(i)} {np.exp(x):.3f}" for i, x in top] + [f"tail {signal.tail[t]:.3g}"])
+    rest = [f"tail {signal.tail[t]:.3g}"] if isinstance(signal, TopKRow) else [f"{(signal.ids[t] >= 0).sum()} drawn"]
+    return "  ".join([f"{name(int(i))} {p:.3f}" for i, p in zip(signal.ids[t, :3], shares) if i >= 0] + rest)

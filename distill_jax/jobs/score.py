@@ -11,7 +11,7 @@ machine and devices).
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.tree import paths
-from distill_jax.data.align import Alignment, align, gather_token, gather_topk, require_coverage, token_map
+from distill_jax.data.align import Alignment, align, gather, require_coverage, token_map
 from distill_jax.data.render import render, template_id
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.progress import Ticker
 from distill_jax.rollout.scoring import Scorer, SignalSpec, Totals
-from distill_jax.traces.store import RowArrays, SignalHeader, TokenRow, TopKRow, TraceStore
+from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, TraceStore, blank
 from distill_jax.traces.store.shards import Commit
 from distill_jax.traces.trace import Trace
 
@@ -38,12 +38,12 @@ SAMPLE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
-    """store: folder or URL. teacher: a MODEL. signal: `topk:K` or `token`. name: of the signal, `topk64` by default.
+    """store: folder or URL. teacher: a MODEL. signal: a `SignalSpec`. name: of the signal, `topk64` by default.
 
     batch_tokens  padded tokens of a batch
     dtype         of the teacher's computation; "auto": bfloat16 on an accelerator, float32 on the CPU
     on            roles to score; None: all tokens
-    precision     how log-probs are stored, see `traces.store.quantise`; "" for the signal's default
+    precision     how values are stored, see `traces.store.SignalHeader`; "" for the signal's default
     skip_long     rows longer than the teacher's context get no signal (else they are an error)
     tokenizer     the teacher's, if it is not beside the teacher
     """
@@ -74,7 +74,8 @@ class ScoreJob:
 
     @property
     def signal_name(self) -> str:
-        return self.name or str(SignalSpec.parse(self.signal)).replace(":", "")
+        return self.name or str(SignalSpec.parse(self.signal)).replace(":int8", "-int8").replace(":", "", 1).replace(
+            ":", "-t")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,26 +154,11 @@ class _Reader:
         except ValueError:
             return None
 
-    def attach(self, item: "_Item", signal: TopKRow | TokenRow | None, k: int) -> TopKRow | TokenRow:
+    def attach(self, item: "_Item", signal: SignalRow | None, header: SignalHeader) -> SignalRow:
         """The signal of the stored row."""
-        length = len(item.target)
         if signal is None:
-            mask = np.zeros(length, bool)
-            if not k:
-                return TokenRow(logprobs=np.zeros(length, np.float32), mask=mask)
-            return TopKRow(ids=np.full((length, k), -1, np.int32), mask=mask,
-                           logprobs=np.full((length, k), -np.inf, np.float32))
-        if item.alignment is None:
-            return signal
-        index = item.alignment.index
-        if isinstance(signal, TokenRow):
-            logprobs, mask = gather_token(signal.logprobs, signal.mask, index)
-            return TokenRow(logprobs=logprobs, mask=mask)
-        ids, logprobs, mask = gather_topk(signal.ids, signal.logprobs, signal.mask, index, self.mapping)
-        assert signal.tail is not None
-        lost = np.exp(signal.logprobs[index]).sum(1) - np.exp(logprobs).sum(1)  # outcomes without a counterpart
-        tail = np.where(mask, np.clip(signal.tail[index] + lost, 0, 1), 1).astype(np.float32)
-        return TopKRow(ids=ids, logprobs=logprobs, mask=mask, tail=tail)
+            return blank(header, len(item.target))
+        return signal if item.alignment is None else gather(signal, item.alignment.index, self.mapping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,21 +193,20 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
         raise ValueError(f"{store.url} has no rows to score; import or generate traces first")
     spec = SignalSpec.parse(job.signal)
     reader = _Reader(store, tok, job.skip_long, model.config.context_length)
-    header = SignalHeader(kind=spec.kind, k=spec.k, precision=job.precision, teacher=_identity(job, params, tok),
-                          params={"attached": "tokens" if reader.stored else "offsets",
-                                  "dtype": str(jnp.dtype(model.dtype)), "batch_tokens": job.batch_tokens,
-                                  "skip_long": job.skip_long,
-                                  "on": None if job.on is None else [r.name.lower() for r in job.on]})
+    if spec.kind == "hidden" and reader.mapping is not None:
+        raise ValueError("hidden states come with the teacher's head, whose ids are not those of the store's tokenizer "
+                         "(other added tokens); score topk or sampled, whose ids are translated")
     reader.check()
     scorer = Scorer(model, params, spec, batch_tokens=job.batch_tokens, on=job.on, real=tok.real, mesh=mesh)
     start, tokens, name = time.monotonic(), 0, job.signal_name
+    header = _header(store, job, spec, reader, _identity(job, params, tok), scorer)
     with (ticker or Ticker("score", len(store))) as shown, store.signal_writer(name, header) as writer:
         tally = _earlier(store, name, writer.next_row)
         for commit in store.shards:
             if not commit.rows or commit.first_row < writer.next_row:
                 continue
             items = list(reader.shard(commit))
-            signals, made = _score_shard(scorer, reader, items)
+            signals, made = _score_shard(scorer, reader, items, header)
             store.kv.write_many({_tally_key(name, commit): json.dumps(made.to_json()).encode()})  # before the commit
             for signal in signals:
                 writer.append(signal)
@@ -233,12 +218,41 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
             "tokens_read": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
 
 
-def _score_shard(scorer: Scorer, reader: _Reader, items: Sequence[_Item]) -> tuple[list[TopKRow | TokenRow], Tally]:
+def _header(store: TraceStore, job: ScoreJob, spec: SignalSpec, reader: _Reader, teacher: Mapping[str, Any],
+            scorer: Scorer) -> SignalHeader:
+    """What the signal says of itself; a hidden one's head is stored on the way."""
+    params = {"attached": "tokens" if reader.stored else "offsets", "dtype": str(jnp.dtype(scorer.model.dtype)),
+              "batch_tokens": job.batch_tokens, "skip_long": job.skip_long,
+              "on": None if job.on is None else [r.name.lower() for r in job.on]}
+    if spec.kind == "sampled":
+        params |= {"draws": "systematic", "temperature": spec.temperature}
+    precision = job.precision or spec.precision
+    if spec.kind == "sampled" and not precision and (spec.temperature != 1 or reader.mapping is not None):
+        precision = "u16"  # with importance, or without the draws of ids that were lost, weights are no counts
+    head, width = None, spec.k
+    if spec.kind == "hidden":
+        width = scorer.model.config.hidden_size
+        head = store.write_head(job.signal_name, scorer.head)
+    return SignalHeader(kind=spec.kind, k=width, precision=precision, teacher=teacher, params=params, head=head)
+
+
+NAN_SHARE = 0.1
+"""Rows of a shard of which the teacher may say NaN: they are counted and left without signal. With more of them it is
+the teacher that is wrong."""
+
+
+def _score_shard(scorer: Scorer, reader: _Reader, items: Sequence[_Item], header: SignalHeader
+                 ) -> tuple[list[SignalRow], Tally]:
     read = [i for i in items if i.source is not None]
     found, totals = scorer([i.source for i in read])
+    broken = [n for n, (i, s) in enumerate(zip(read, found)) if not s.mask.any() and scorer.wanted(i.source).any()]
+    if len(broken) > max(1, NAN_SHARE * len(read)):
+        raise ValueError(f"the teacher's log-probs are not finite for {len(broken)} of {len(read)} rows of a shard "
+                         f"(the first has {len(read[broken[0]].target)} tokens): compute in another dtype "
+                         "(--dtype float32), or check the teacher's weights")
     by_item = iter(found)
-    signals = [reader.attach(i, None if i.source is None else next(by_item), scorer.spec.k) for i in items]
-    reasons = [i.why for i in items if i.why]
+    signals = [reader.attach(i, None if i.source is None else next(by_item), header) for i in items]
+    reasons = [i.why for i in items if i.why] + ["not_finite"] * len(broken)
     aligned = [i.alignment for i in items if i.alignment is not None]
     return signals, Tally(totals=totals, rows=len(items), supervised=sum(a.supervised for a in aligned),
                           covered=sum(a.covered for a in aligned),

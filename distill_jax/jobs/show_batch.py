@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill_jax.core.batch import Batch, TopK
+from distill_jax.core.batch import Batch, HiddenStates, TokenLogprob, TopK
 from distill_jax.core.roles import ROLE_STYLE, SUPERVISED, Role
 from distill_jax.data.assemble import by_role
 from distill_jax.data.sources import BatchSource, PhasedSource
@@ -72,12 +72,15 @@ def _shown(tok: Tokenizer, token: int) -> str:
 
 
 def _said(signal: Any, b: int, t: int, tok: Tokenizer) -> str:
-    """The teacher's three most probable outcomes and what is left, or the log-prob of the token that stands there."""
+    """The teacher's three most probable outcomes and what is left, or the log-prob of the token that stands there, or
+    the norm of its state."""
     if not signal.mask[b, t]:
         return "-"
-    if not isinstance(signal, TopK):
+    if isinstance(signal, TokenLogprob):
         return f"{signal.logprobs[b, t]:.3f}"
-    p = np.exp(signal.logprobs[b, t])
+    if isinstance(signal, HiddenStates):
+        return f"norm {np.linalg.norm(signal.states[b, t].astype(np.float32)) * signal.scales[b, t]:.4g}"
+    p = np.exp(signal.logprobs[b, t]) if isinstance(signal, TopK) else signal.weights[b, t]
     order = np.argsort(-p, kind="stable")[:3]
     top = [f"{_shown(tok, int(signal.ids[b, t, j]))} {p[j]:.3f}" for j in order if signal.ids[b, t, j] >= 0]
     return "  ".join([*top, f"tail {max(0.0, 1.0 - p.sum()):.3f}"])

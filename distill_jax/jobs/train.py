@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core import spec
+from distill_jax.core.head import Head
 from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -22,6 +23,7 @@ from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
 from distill_jax.models.transformer import Transformer
+from distill_jax.objective.chunks import kernel_spec
 from distill_jax.objective.reduce import means
 from distill_jax.objective.term import Term, build_objective
 from distill_jax.recipe import Stage, Student
@@ -31,7 +33,7 @@ from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import Evaluation, Run, fit
 from distill_jax.train.state import create_state
-from distill_jax.train.step import StepConfig
+from distill_jax.train.step import StepConfig, stored_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
                          controllers=objective.init())
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
-    frozen_params = {n: p.params for n, p in frozen.items()}
+    frozen_params = {n: p.params for n, p in frozen.items()} | stored_heads(source, objective.signals, student, mesh)
     evaluations = {}
     if stage.heldout:
         heldout = Heldout(stage, context, providers, frozen_params, mesh)
@@ -123,6 +125,24 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
 def identity(stage: Stage) -> str:
     """Hash of what must not change between the start of a stage and its continuation."""
     return hashlib.blake2b(spec.dump(stage).encode(), digest_size=8).hexdigest()
+
+
+def stored_heads(source: Any, signals: Sequence[str], student: Provider, mesh: Mesh) -> dict[str, Any]:
+    """{"signals/<name>": Head} of the signals that are hidden states, sharded like other heads. Raises ValueError
+    where the teacher's ids are not the student's."""
+    out: dict[str, Any] = {}
+    for name in signals:
+        if source.signals[name].kind != "hidden":
+            continue
+        head, real = source.head(name), student.tokenizer.real
+        if head.real != real:
+            raise ValueError(f"signal {name!r}: the teacher's head has {head.real} real ids, the student's tokenizer "
+                             f"{real}: their vocabularies differ. Use a topk or sampled signal, which are translated")
+        put = lambda x, spec: jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i, x=x: x[i])
+        out[f"signals/{name}"] = Head(
+            kernel=put(head.kernel, kernel_spec(mesh, head.kernel.shape)), real=head.real, scale=head.scale,
+            bias=None if head.bias is None else put(head.bias, PartitionSpec()), soft_cap=head.soft_cap)
+    return out
 
 
 def write_model_files(folder: Path, student: Provider) -> None:
@@ -170,6 +190,7 @@ class Heldout:
             out: Any = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
                                    method="hidden")
             sources[name] = (out.hidden, model.head(params[provider]))
+        sources |= stored_sources(params, batch)
         mesh = self.mesh if self.mesh.size > 1 else None
         return objective.loss(sources, batch, weights, objective.dynamic(self.step, controllers), trainable=(),
                               mesh=mesh)[1]

@@ -34,7 +34,8 @@ class RowTerm:
 
     loss     fn(logits [N,V], target, **kwargs, **dynamic) -> [N]
     source   name of the source whose logits it reads, "student/main"
-    target   "tokens", "signals/<name>", or the name of another source, whose logits are the teacher's
+    target   "tokens", "signals/<name>", or the name of another source, whose logits are the teacher's (a signal of
+             hidden states is such a source)
     kwargs   static keyword arguments of the loss
     dynamic  traced scalar keyword arguments (TAID's t); no gradient flows to them
     """
@@ -89,7 +90,7 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     """Evaluate all terms (and the wanted gradients) over one global [B,T]; `chunk` is tokens per device and turn."""
     dynamic = {name: dict(t.dynamic) for name, t in terms.items()}
     static = {name: replace(t, dynamic={}) for name, t in terms.items()}
-    kernels = {s: PartitionSpec() if mesh is None else _kernel_spec(mesh, h.kernel.shape) for s, h in heads.items()}
+    kernels = {s: PartitionSpec() if mesh is None else kernel_spec(mesh, h.kernel.shape) for s, h in heads.items()}
     local = _Local(static, dict(wanted), chunk, mesh, kernels)
     if mesh is None:
         return local(hiddens, heads, fields, dynamic)
@@ -113,7 +114,7 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
                   {s: g._replace(hidden=cut(g.hidden)) for s, g in out.grads.items()})
 
 
-def _kernel_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+def kernel_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
     """Where a head's kernel [V,D] lies before and its gradient after: as the sharding table keeps the parameter.
 
     Gathered once before the loop in the compute dtype, and reduce-scattered once after it; both explicit, so that no
@@ -240,15 +241,15 @@ def _through_head(d_raw: Array, d_bias: Array | None, hidden: Array, head: Head,
 def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: Any) -> Target:
     if name == "tokens":
         return Labels(fields.tokens)
-    if name.startswith("signals/"):
-        signal = fields.signals[name.removeprefix("signals/")]
-        if isinstance(signal, TopK):
-            return TopKTarget(signal.ids, signal.logprobs, compute_dtype, fields.tokens)
-        if isinstance(signal, Sampled):
-            return SampledTarget(signal.ids, signal.weights, compute_dtype)
-        assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
-        return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype, fields.tokens)
-    return Full(jax.lax.stop_gradient(logits[name]), fields.tokens)
+    if name in logits:
+        return Full(jax.lax.stop_gradient(logits[name]), fields.tokens)
+    signal = fields.signals[name.removeprefix("signals/")]
+    if isinstance(signal, TopK):
+        return TopKTarget(signal.ids, signal.logprobs, compute_dtype, fields.tokens)
+    if isinstance(signal, Sampled):
+        return SampledTarget(signal.ids, signal.weights, compute_dtype)
+    assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
+    return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype, fields.tokens)
 
 
 def chunk_size(count: int, chunk: int) -> int:

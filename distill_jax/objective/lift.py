@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import Mesh
 
-from distill_jax.core.batch import Signal
+from distill_jax.core.batch import HiddenStates, Signal
 from distill_jax.core.head import Head
 from distill_jax.losses.rows.logprob import entropy, log_prob
 from distill_jax.objective.chunks import Fields, Grads, Result, RowTerm, Wanted, run
@@ -36,7 +36,8 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
              mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[Array, dict[str, RoleSums]]:
     """sum over terms and tokens of weights[term] * loss, and what each term was per role.
 
-    sources    {name: (hidden [B,T,D], Head)}; hidden[:, t] has seen token t, and predicts token t+1
+    sources    {name: (hidden [B,T,D], Head)}; hidden[:, t] has seen token t, and predicts token t+1. A signal of
+               hidden states is one too: {"signals/<name>": (`HiddenStates`, the teacher's Head)}
     terms      {name: RowTerm}
     weights    {term: f32 [B,T]}, aligned with tokens; mask x schedule x token weight / global count, already
     tokens     int32 [B,T]
@@ -53,8 +54,9 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     Raises ValueError for an unknown source, target or signal, or weights of another shape.
     """
     signals = signals or {}
+    trainable = tuple(s for s in sources if not s.startswith("signals/")) if trainable is None else trainable
+    sources = {s: (_predicting(x, sources), head) for s, (x, head) in sources.items()}
     _check(sources, terms, weights, tokens, signals)
-    trainable = tuple(sources) if trainable is None else trainable
     stop = jax.lax.stop_gradient
     sources = {s: x if s in trainable else stop(x) for s, x in sources.items()}
     weights = {t: stop(weights[t]) for t in terms}
@@ -63,7 +65,8 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     active = jnp.zeros(tokens.shape, bool)
     for name in terms:
         active |= (weights[name] != 0) | (masks[name] != 0)
-    fields = _shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used}))
+    fields = _shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used
+                                                     if f"signals/{s}" not in sources}))
     dynamic = {name: {k: stop(v) for k, v in t.dynamic.items()} for name, t in terms.items()}
     total, values = _lifted(terms, {s: _dtypes(x) for s, x in sources.items()}, mesh, chunk)(sources, fields, dynamic)
     roles = jnp.zeros(tokens.shape, jnp.int32) if roles is None else roles
@@ -184,10 +187,20 @@ def _map(fn: Any, grads: dict[str, Any], dtypes: Mapping[str, tuple[Any, Any, An
     return out
 
 
-def _shift(fields: Fields) -> Fields:
+def _shift(fields: Any) -> Any:
     """Fields of token t+1 at index t, beside the hidden state that predicts it; zero (inactive) at the last index."""
     left = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
     return jax.tree.map(left, fields)
+
+
+def _predicting(hidden: Any, sources: Mapping[str, Any]) -> Array:
+    """Stored states as a model's are: at the place of the token before the one they predict, in the dtype that the
+    other sources compute in."""
+    if not isinstance(hidden, HiddenStates):
+        return hidden
+    dtype = next(x.dtype for x, _ in sources.values() if not isinstance(x, HiddenStates))
+    states, scales = (_shift(x) for x in (hidden.states, hidden.scales))
+    return jnp.where(scales[..., None] > 0, states.astype(jnp.float32) * scales[..., None], 0.0).astype(dtype)
 
 
 def _unshift(values: Array) -> Array:
@@ -202,6 +215,9 @@ def _check(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[str,
         known = {"tokens", *sources, *(f"signals/{s}" for s in signals)}
         if term.target not in known:
             raise ValueError(f"term {name!r} has target {term.target!r}; available: {sorted(known)}")
+        if isinstance(signals.get(term.target.removeprefix("signals/")), HiddenStates) and term.target not in sources:
+            raise ValueError(f"term {name!r}: {term.target!r} are hidden states; give the teacher's head with them, "
+                             f"sources[{term.target!r}] = (HiddenStates, Head)")
         if name not in weights:
             raise ValueError(f"no weights for term {name!r}; given: {sorted(weights)}")
         if weights[name].shape != tokens.shape:

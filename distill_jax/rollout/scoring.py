@@ -1,12 +1,13 @@
 """Teacher signals of rows: one forward pass, then the head over chunks of the tokens that are asked for.
 
-B rows, T tokens, N tokens a batch is asked about, K kept outcomes, V vocabulary. The hidden state of token t-1 says
-what the teacher thinks of token t, so the first token of a row has no signal. `[B,T,V]` never exists.
+B rows, T tokens, N tokens a batch is asked about, K kept outcomes, V vocabulary, D width. The hidden state of
+token t-1 says what the teacher thinks of token t, so the first token of a row has no signal. `[B,T,V]` never exists.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -19,8 +20,10 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import NUM_ROLES, SUPERVISED, Role
 from distill_jax.decode.generator import bucket
 from distill_jax.decode.loop import compute_params
+from distill_jax.rollout.draws import merge, systematic, uniform
 from distill_jax.sharding import batch_spec
-from distill_jax.traces.store import TokenRow, TopKRow
+from distill_jax.traces.store import SignalRow, StoredHead
+from distill_jax.traces.store.signals import ROWS
 
 Array = Any
 P = PartitionSpec
@@ -28,20 +31,41 @@ P = PartitionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class SignalSpec:
-    """Which signal: `topk` with k outcomes, or `token` (k = 0). Written `topk:64` and `token`."""
+    """Which signal, as it is written on the command line.
+
+    topk:64           the 64 most probable outcomes
+    token             the log-prob of the token that stands there
+    sampled:50        50 draws from the teacher; sampled:50:0.8: drawn at temperature 0.8, with importance weights
+    hidden            the final states and the head, in bfloat16; hidden:int8
+    """
 
     kind: str
     k: int = 0
+    temperature: float = 1.0
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"the temperature of draws must be above 0, got {self.temperature}")
 
     @classmethod
     def parse(cls, text: str) -> "SignalSpec":
-        kind, _, k = text.partition(":")
-        if (kind == "token" and not k) or (kind == "topk" and k.isdigit() and int(k) > 0):
-            return cls(kind=kind, k=int(k or 0))
-        raise ValueError(f"unknown signal {text!r}; expected topk:K (for example topk:64) or token")
+        kind, *rest = text.split(":")
+        with contextlib.suppress(ValueError, IndexError):
+            if kind == "token" and not rest:
+                return cls(kind=kind)
+            if kind == "hidden" and (not rest or rest in (["int8"], ["bf16"])):
+                return cls(kind=kind, precision="".join(rest))
+            if kind == "topk" and len(rest) == 1 and int(rest[0]) > 0:
+                return cls(kind=kind, k=int(rest[0]))
+            if kind == "sampled" and len(rest) in (1, 2) and int(rest[0]) > 0:
+                return cls(kind=kind, k=int(rest[0]), temperature=float(rest[1]) if rest[1:] else 1.0)
+        raise ValueError(f"unknown signal {text!r}; expected topk:K (for example topk:64), sampled:N (sampled:50, or "
+                         "sampled:50:0.8 to draw at temperature 0.8), hidden, hidden:int8 or token")
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.k}" if self.k else self.kind
+        rest = [str(self.k)] if self.k else [self.precision] if self.precision == "int8" else []
+        return ":".join([self.kind, *rest, *([f"{self.temperature:g}"] if self.temperature != 1 else [])])
 
 
 class Rows(Protocol):
@@ -85,14 +109,23 @@ class Totals:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _Scores:
-    """What the device returns for N places, of which the first are filled: ids, logprobs [N,K] of the kept outcomes,
-    most probable first; tail [N]: the mass of all others; token, entropy [N]."""
+    """What the device returns for N places, of which the first are filled: the arrays [N,...] of the signal's rows but
+    for their mask; the log-prob of the token there, the entropy, and the mass of the kept outcomes [N]."""
 
-    ids: Array
-    logprobs: Array
-    tail: Array
+    signal: dict[str, Array]
     token: Array
     entropy: Array
+    mass: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Static:
+    """What a scoring is compiled for: the signal, tokens whose logits exist at a time, real ids, devices."""
+
+    spec: SignalSpec
+    chunk: int
+    real: int
+    mesh: Mesh | None = None
 
 
 class Scorer:
@@ -112,16 +145,25 @@ class Scorer:
         self.batch_tokens, self.on, self.buckets = batch_tokens, on, tuple(buckets)
         vocab = model.config.vocab_size
         known = [n for n in (real, model.config.real_vocab, vocab) if n is not None]
-        self.static = {"k": spec.k, "chunk": chunk, "real": min(known), "mesh": mesh}
-        if spec.k > self.static["real"]:
-            raise ValueError(f"{spec}: the teacher has only {self.static['real']} token ids; ask for fewer")
+        self.static = _Static(spec=spec, chunk=chunk, real=min(known), mesh=mesh)
+        if spec.kind == "topk" and spec.k > self.static.real:
+            raise ValueError(f"{spec}: the teacher has only {self.static.real} token ids; ask for fewer")
 
-    def __call__(self, rows: Sequence[Rows]) -> tuple[list[TopKRow | TokenRow], Totals]:
+    @property
+    def head(self) -> StoredHead:
+        """The teacher's head on the host, as a `hidden` signal stores it."""
+        head: Head = self.model.head(compute_params(self.params, self.model.dtype))
+        host = lambda x: None if x is None else _storable(jax.device_get(x))
+        return StoredHead(kernel=host(head.kernel), bias=host(head.bias), scale=head.scale, soft_cap=head.soft_cap,
+                          real=self.static.real)
+
+    def __call__(self, rows: Sequence[Rows]) -> tuple[list[SignalRow], Totals]:
         """The signal of every row, in order, and sums for the report. Deterministic: the same rows give the same
-        bits. Raises ValueError for a row longer than the model's context, or with an id the teacher does not have.
+        bits, draws included (a row's tokens are their seed). A row of which the teacher says NaN is all masked and not
+        counted. Raises ValueError for a row longer than the model's context, or with an id the teacher does not have.
         """
         self._check(rows)
-        out: list[TopKRow | TokenRow | None] = [None] * len(rows)
+        out: list[SignalRow | None] = [None] * len(rows)
         totals, waiting = Totals(), None
         for job in [*self._batches([len(r.tokens) for r in rows]), None]:
             running = None if job is None else self._run([rows[i] for i in job[0]], job)
@@ -129,6 +171,12 @@ class Scorer:
                 totals += self._collect(rows, out, *waiting)
             waiting = running
         return [r for r in out if r is not None], totals
+
+    def wanted(self, row: Rows) -> np.ndarray:
+        """bool [T]: the tokens of a row that are scored."""
+        out = np.ones(len(row.tokens), bool) if self.on is None else np.isin(row.roles, [int(x) for x in self.on])
+        out[:1] = False
+        return out
 
     def _check(self, rows: Sequence[Rows]) -> None:
         limit, vocab = self.model.config.context_length, self.model.config.vocab_size
@@ -154,43 +202,40 @@ class Scorer:
         """-> indices of the rows, wanted bool [rows of the batch, width], what the device makes of them."""
         index, size, width = job
         tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
+        seeds = np.zeros(size, np.uint32)
         wanted = np.zeros((size, width), bool)
         for r, row in enumerate(rows):
             tokens[r, :len(row.tokens)], lengths[r] = row.tokens, len(row.tokens)
-            wanted[r, :len(row.tokens)] = self.on is None or np.isin(row.roles, [int(x) for x in self.on or ()])
-        wanted[:, 0] = False
+            seeds[r] = zlib.crc32(np.ascontiguousarray(row.tokens, "<i4").data)
+            wanted[r, :len(row.tokens)] = self.wanted(row)
         place = partial(_place, self.mesh)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return index, wanted, _compiled(self.mesh)(
                 model=self.model, params=self.params, tokens=place(tokens), lengths=place(lengths),
-                wanted=place(wanted), **self.static)
+                wanted=place(wanted), seeds=place(seeds), static=self.static)
 
     def _collect(self, rows: Sequence[Rows], out: list[Any], index: np.ndarray, wanted: np.ndarray,
                  scores: _Scores) -> Totals:
         host: _Scores = jax.device_get(scores)
         shards = _row_shards(self.mesh)
         starts = _starts(wanted, len(host.token) // shards, shards)
-        totals = Totals()
+        totals, kind = Totals(), ROWS[self.spec.kind]
         for r, i in enumerate(index):
             mask = wanted[r, :len(rows[i].tokens)]
             here = slice(starts[r], starts[r] + int(mask.sum()))
-            out[i] = self._row(host, here, mask)
+            if not np.all(np.isfinite(host.token[here])):
+                mask = np.zeros_like(mask)
+                here = slice(0, 0)
+            spread = {name: _spread(x[here], mask, kind.empty[name]) for name, x in host.signal.items()}
+            out[i] = kind(mask=mask, **spread)
             roles = np.asarray(rows[i].roles)[mask]
             add = lambda x, roles=roles: np.bincount(roles, np.asarray(x, np.float64), NUM_ROLES)
             totals += Totals(count=add(np.ones(len(roles))), nll=add(-host.token[here]),
-                             entropy=add(host.entropy[here]), mass=add(1 - host.tail[here]))
+                             entropy=add(host.entropy[here]), mass=add(host.mass[here]))
         return totals
 
-    def _row(self, host: _Scores, here: slice, mask: np.ndarray) -> TopKRow | TokenRow:
-        spread = lambda values, empty: _spread(values[here], mask, empty)
-        if self.spec.kind == "token":
-            return TokenRow(logprobs=spread(host.token, np.float32(0)), mask=mask)
-        return TopKRow(ids=spread(host.ids, np.int32(-1)), logprobs=spread(host.logprobs, np.float32(-np.inf)),
-                       mask=mask, tail=spread(host.tail, np.float32(1)))
 
-
-def score_rows(model: Any, params: Any, rows: Sequence[Rows], spec: SignalSpec, **kwargs: Any
-               ) -> list[TopKRow | TokenRow]:
+def score_rows(model: Any, params: Any, rows: Sequence[Rows], spec: SignalSpec, **kwargs: Any) -> list[SignalRow]:
     """The teacher's signal of every row, in order; keywords as for `Scorer`."""
     return Scorer(model, params, spec, **kwargs)(rows)[0]
 
@@ -212,59 +257,96 @@ def _starts(wanted: np.ndarray, places: int, shards: int) -> np.ndarray:
 
 
 def _spread(values: np.ndarray, mask: np.ndarray, empty: Any) -> np.ndarray:
-    out = np.full((len(mask), *values.shape[1:]), empty)
+    out = np.full((len(mask), *values.shape[1:]), empty, values.dtype)
     out[mask] = values
     return out
+
+
+def _storable(x: np.ndarray) -> np.ndarray:
+    """A head's array in a type that is stored; half precision becomes float32, which holds it."""
+    return x if x.dtype.name in ("bfloat16", "float32") else x.astype(np.float32)
 
 
 @cache
 def _compiled(mesh: Mesh | None) -> Any:
     outs: dict[str, Any] = {} if mesh is None else {"out_shardings": NamedSharding(mesh, P())}
-    return jax.jit(_score, static_argnames=("model", "k", "chunk", "real", "mesh"), **outs)
+    return jax.jit(_score, static_argnames=("model", "static"), **outs)
 
 
-def _score(model: Any, params: Any, tokens: Array, lengths: Array, wanted: Array, k: int, chunk: int, real: int,
-           mesh: Mesh | None) -> _Scores:
-    """tokens i32 [B,T] right-padded; wanted bool [B,T]: which tokens to score."""
+def _score(model: Any, params: Any, tokens: Array, lengths: Array, wanted: Array, seeds: Array, static: _Static
+           ) -> _Scores:
+    """tokens i32 [B,T] right-padded; wanted bool [B,T]: which tokens to score; seeds u32 [B] of the rows' draws."""
     params = compute_params(params, model.dtype)
     real_token = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
     hidden = model.apply({"params": params}, tokens, segment_ids=real_token.astype(jnp.int32), method="hidden").hidden
-    head = model.head(params)
-    head = Head(kernel=head.kernel, bias=head.bias, scale=head.scale, soft_cap=head.soft_cap, real=real)
-    score = partial(_score_places, k=k, chunk=chunk)
-    if mesh is not None:  # every device works on its own rows with the whole head
-        score = jax.shard_map(score, mesh=mesh, in_specs=(batch_spec(), batch_spec(), batch_spec(), P()),
-                              out_specs=batch_spec(), check_vma=False)
-    return score(hidden, tokens, wanted, head)
+    head = replace(model.head(params), real=static.real)
+    score = partial(_score_places, static=static)
+    if static.mesh is not None:  # every device works on its own rows with the whole head
+        rows = batch_spec()
+        score = jax.shard_map(score, mesh=static.mesh, in_specs=(rows, rows, rows, rows, P()), out_specs=rows,
+                              check_vma=False)
+    return score(hidden, tokens, wanted, seeds, head)
 
 
-def _score_places(hidden: Array, tokens: Array, wanted: Array, head: Head, *, k: int, chunk: int) -> _Scores:
+def _score_places(hidden: Array, tokens: Array, wanted: Array, seeds: Array, head: Head, *, static: _Static
+                  ) -> _Scores:
     """The wanted tokens, gathered to the front and taken through the head `chunk` at a time."""
     rows, width, size = hidden.shape
-    chunk = min(chunk, rows * width)
+    chunk = min(static.chunk, rows * width)
     places = -(-rows * width // chunk) * chunk
     at = jnp.nonzero(wanted.reshape(-1), size=places, fill_value=1)[0]
     flat, ids = hidden.reshape(-1, size), tokens.reshape(-1)
-    zeros = lambda *shape: jnp.zeros((places, *shape), jnp.float32)
-    empty = _Scores(ids=jnp.zeros((places, k), jnp.int32), logprobs=zeros(k), tail=zeros(), token=zeros(),
-                    entropy=zeros())
+
+    def score(here: Array) -> _Scores:
+        states = flat[here - 1]  # t-1 is the token before, in the same row
+        draws = partial(uniform, seeds[here // width], here % width)
+        return _score_logits(head.logits(states), ids[here], states, draws, static.spec)
 
     def body(i: Array, out: _Scores) -> _Scores:
-        here = jax.lax.dynamic_slice_in_dim(at, i * chunk, chunk)
-        new = _score_logits(head.logits(flat[here - 1]), ids[here], k)  # t-1 is the token before, in the same row
+        new = score(jax.lax.dynamic_slice_in_dim(at, i * chunk, chunk))
         put = lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, i * chunk, axis=0)
         return jax.tree.map(put, out, new)
 
+    shapes = jax.eval_shape(score, at[:chunk])
+    empty = jax.tree.map(lambda x: jnp.zeros((places, *x.shape[1:]), x.dtype), shapes)
     used = (jnp.sum(wanted, dtype=jnp.int32) + chunk - 1) // chunk
     return jax.lax.fori_loop(jnp.int32(0), used, body, empty)
 
 
-def _score_logits(logits: Array, token: Array, k: int) -> _Scores:
-    """float32 logits [C,V], token i32 [C] -> its scores. The tail is summed from what is left: 1 - sum cancels."""
+def _score_logits(logits: Array, token: Array, states: Array, draws: Callable[[], Array], spec: SignalSpec) -> _Scores:
+    """float32 logits [C,V], token i32 [C] -> its scores."""
     logp = jax.nn.log_softmax(logits, axis=-1)
     p = jnp.exp(logp)
-    kept, ids = jax.lax.top_k(logp, k) if k else (logp[:, :0], jnp.zeros((logp.shape[0], 0), jnp.int32))
-    rest = p.at[jnp.arange(p.shape[0])[:, None], ids].set(0.0) if k else p
-    return _Scores(ids=ids, logprobs=kept, tail=jnp.sum(rest, axis=-1),
-                   token=jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0],
+    realised = jnp.take_along_axis(logp, token[:, None], axis=-1)[:, 0]
+    signal, mass = _SIGNALS[spec.kind](logp, p, realised, states, draws, spec)
+    return _Scores(signal=signal, token=realised, mass=mass,
                    entropy=-jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1))
+
+
+def _topk(logp: Array, p: Array, realised: Array, states: Array, draws: Any, spec: SignalSpec) -> Any:
+    """The tail is summed from what is left: 1 - sum cancels."""
+    kept, ids = jax.lax.top_k(logp, spec.k)
+    tail = jnp.sum(p.at[jnp.arange(p.shape[0])[:, None], ids].set(0.0), axis=-1)
+    return {"ids": ids, "logprobs": kept, "tail": tail}, 1 - tail
+
+
+def _token(logp: Array, p: Array, realised: Array, states: Array, draws: Any, spec: SignalSpec) -> Any:
+    return {"logprobs": realised}, jnp.exp(realised)
+
+
+def _hidden(logp: Array, p: Array, realised: Array, states: Array, draws: Any, spec: SignalSpec) -> Any:
+    return {"states": states}, jnp.ones_like(realised)
+
+
+def _sampled(logp: Array, p: Array, realised: Array, states: Array, draws: Callable[[], Array], spec: SignalSpec
+             ) -> Any:
+    """Draws from p^(1/t) / Z, weighted by p over it. With t = 1 all weigh the same."""
+    ids = systematic(p if spec.temperature == 1 else jax.nn.softmax(logp / spec.temperature, axis=-1), draws(), spec.k)
+    of_each = jnp.take_along_axis(logp, ids, axis=-1)
+    kept, weights = merge(ids, jax.nn.softmax(of_each * (1 - 1 / spec.temperature), axis=-1))
+    there = kept >= 0
+    mass = jnp.sum(jnp.where(there, jnp.take_along_axis(p, jnp.where(there, kept, 0), axis=-1), 0.0), axis=-1)
+    return {"ids": kept, "weights": weights}, mass
+
+
+_SIGNALS = {"topk": _topk, "token": _token, "hidden": _hidden, "sampled": _sampled}

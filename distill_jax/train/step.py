@@ -71,7 +71,8 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
     """jitted `step(state, frozen, batch, votes=None) -> (state, metrics)`. The state is donated; nothing waits.
 
     like     a state whose shardings the new state keeps
-    frozen   {provider: params} of the providers that are not trained
+    frozen   {provider: params} of the providers that are not trained; {"signals/<name>": Head} of the teachers whose
+             hidden states are a signal
     votes    int32 [devices]: what each process wants (`votes.Votes`); the largest comes back as metric "vote"
     metrics  "loss", "grad_norm", "ok" (False: not finite, nothing was changed), "lr" {provider: rate}, "terms" (the
              objective's sums), and what `batch_metrics` counts; replicated, still on the device
@@ -149,7 +150,7 @@ def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., t
     return gradient
 
 
-def _sources(config: StepConfig, params: Params, batch: Batch) -> dict[str, tuple[Array, Head]]:
+def _sources(config: StepConfig, params: Params, batch: Batch) -> dict[str, tuple[Any, Head]]:
     """{"provider/view": (hidden [B,T,D], head)} of what the objective reads; frozen providers get no gradient."""
     out = {}
     for source in config.objective.sources:
@@ -158,7 +159,13 @@ def _sources(config: StepConfig, params: Params, batch: Batch) -> dict[str, tupl
         hidden = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
                              method="hidden").hidden
         out[source] = (hidden, model.head(params[provider]))
-    return out
+    return out | stored_sources(params, batch)
+
+
+def stored_sources(frozen: Params, batch: Batch) -> dict[str, Any]:
+    """{"signals/<name>": (HiddenStates, Head)} of the signals whose teacher's head is among the frozen parameters."""
+    return {name: (batch.signals[name.removeprefix("signals/")], head) for name, head in frozen.items()
+            if name.startswith("signals/")}
 
 
 def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:

@@ -47,7 +47,7 @@ def test_inspect(store, capsys, tmp_path_factory):
     assert code == 0
     assert "6 in 1 shards" in out and "complete" in out and store.header.tokenizer["hash"] in out
     assert "retained mass, mean 0.9500" in out and "mean log-prob -0.51" in out
-    assert "toy-teacher" in out and "topk:3, u8 log-probs, all rows" in out
+    assert "toy-teacher" in out and "topk:3, u8, all rows" in out
     row = store.row(2)
     assert row.text.split("\n")[-1].strip()[-8:] in out
     listed = out[out.index("token  ") if "token  " in out else 0:].splitlines()

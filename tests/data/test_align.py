@@ -7,6 +7,7 @@ from distill_jax.core.roles import ANSWER, SUPERVISED, THINK
 from distill_jax.data import align
 from distill_jax.data.render import Style, render
 from distill_jax.data.tokenizer import load_tokenizer
+from distill_jax.traces.store import HiddenRow, SampledRow, TokenRow, TopKRow
 from distill_jax.traces.trace import simple_trace
 
 TRACE = simple_trace("What is 12 + 30?", "12 plus 30 is 42.\nI check the result.", "The answer is 42.",
@@ -70,11 +71,31 @@ def test_gather_moves_signals_and_tail():
     mask = np.array([True, True, False])
     mapping = np.arange(10, dtype=np.int32)
     mapping[9] = -1  # the target has no such token
-    got_ids, got, said = align.gather_topk(ids, logprobs, mask, np.array([1, -1, 0, 2]), mapping)
-    assert got_ids.tolist() == [[7, -1], [-1, -1], [5, 6], [-1, -1]] and said.tolist() == [True, False, True, False]
-    assert np.allclose(np.exp(got), [[0.6, 0], [0, 0], [0.5, 0.25], [0, 0]])  # 0.3 of the first goes to the tail
-    lp, said = align.gather_token(np.array([-1.0, -2.0, -3.0]), mask, np.array([2, 1, -1]))
-    assert lp.tolist() == [0, -2, 0] and said.tolist() == [False, True, False]
+    row = TopKRow(ids=ids, logprobs=logprobs, mask=mask, tail=np.array([0.25, 0.1, 0.1], np.float32))
+    got = align.gather(row, np.array([1, -1, 0, 2]), mapping)
+    assert got.ids.tolist() == [[7, -1], [-1, -1], [5, 6], [-1, -1]] and got.mask.tolist() == [True, False, True, False]
+    assert np.allclose(np.exp(got.logprobs), [[0.6, 0], [0, 0], [0.5, 0.25], [0, 0]])
+    assert np.allclose(got.tail, [0.4, 1, 0.25, 1])  # 0.3 of the first, whose id is lost, goes to the tail
+    token = align.gather(TokenRow(logprobs=np.array([-1.0, -2.0, -3.0], np.float32), mask=mask), np.array([2, 1, -1]))
+    assert token.logprobs.tolist() == [0, -2, 0] and token.mask.tolist() == [False, True, False]
+
+
+def test_gather_of_draws_and_states():
+    mapping = np.array([0, 1, -1, 3], np.int32)
+    row = SampledRow(ids=np.array([[1, 2], [2, -1]], np.int32), mask=np.array([True, True]),
+                     weights=np.array([[0.75, 0.25], [1, 0]], np.float32))
+    got = align.gather(row, np.array([1, 0, -1]), mapping)
+    assert got.mask.tolist() == [False, True, False]  # nothing is left of the first
+    assert got.ids[1].tolist() == [1, -1] and got.weights[1].tolist() == [1, 0]
+    same = align.gather(row, np.array([0, -1]))
+    assert same.weights.tolist() == [[0.75, 0.25], [0, 0]] and same.ids[1].tolist() == [-1, -1]
+    states = HiddenRow(states=np.arange(4, dtype=np.int8).reshape(2, 2), mask=np.array([True, False]),
+                       scales=np.array([0.5, 1], np.float32))
+    moved = align.gather(states, np.array([1, 0]))
+    assert moved.states.tolist() == [[0, 0], [0, 1]] and moved.scales.tolist() == [0, 0.5]
+    assert moved.states.dtype == np.int8
+    with pytest.raises(ValueError, match="Score topk or sampled"):
+        align.gather(states, np.array([0]), mapping)
 
 
 def test_low_coverage_and_other_vocabulary_are_refused(tiny, tmp_path):

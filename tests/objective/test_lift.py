@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill_jax.core.batch import HiddenStates
 from distill_jax.core.tree import cast
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl, generalized_jsd, reverse_kl
@@ -223,3 +224,34 @@ def test_errors_name_what_is_there(case):
         call(RowTerm(loss=cross_entropy), {"x": jnp.zeros((B, T - 1))})
     with pytest.raises(ValueError, match="no weights"):
         call(RowTerm(loss=cross_entropy), {})
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_hidden_states_equal_a_teacher_beside_the_student(int8):
+    """A signal of states, stored at the tokens they predict, gives what the teacher itself gives as a source."""
+    rng = np.random.default_rng(5)
+    hidden, head = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32), random_head(rng, V, D)
+    raw = rng.integers(-127, 128, (B, T, 6)).astype(np.int8 if int8 else np.float32)
+    scales = rng.random((B, T)).astype(np.float32) / 30
+    teacher_head = random_head(rng, V + 3, 6, soft_cap=4.0, real=V - 2)
+    weights = {"kd": jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) < 0.7), jnp.float32)}
+    tokens = jnp.asarray(rng.integers(0, V - 3, (B, T)), jnp.int32)
+    after = lambda x: np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1)  # at the token it predicts
+    signal = HiddenStates(states=jnp.asarray(after(raw)), scales=jnp.asarray(after(scales)),
+                          mask=jnp.ones((B, T), bool))
+
+    def total(target, teacher):
+        term = {"kd": RowTerm(loss=generalized_jsd, target=target, kwargs={"beta": 0.3})}
+        return lambda s: lift_sum({"student/main": s, target: teacher}, term, weights, tokens=tokens,
+                                  signals={"states": signal}, chunk=8)[0]
+
+    states = jnp.asarray(raw.astype(np.float32) * scales[..., None])
+    want = value_and_grads(total("teacher/main", (states, teacher_head)), (hidden, head))
+    got = value_and_grads(total("signals/states", (signal, teacher_head)), (hidden, head))
+    assert rel(got[0], want[0]) < 1e-5 and rel(got[1][0], want[1][0]) < 1e-5
+    assert rel(got[1][1].kernel, want[1][1].kernel) < 1e-5 and np.linalg.norm(want[1][0]) > 1e-3
+    with pytest.raises(ValueError, match="give the teacher's head"):
+        term = {"kd": RowTerm(loss=forward_kl, target="signals/states")}
+        lift_sum({"student/main": (hidden, head)}, term, weights, tokens=tokens, signals={"states": signal})
+    with pytest.raises(ValueError, match="do not fit"):
+        total("signals/states", (signal, random_head(rng, V, 5)))((hidden, head))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill_jax.core.head import Head
 from distill_jax.core.roles import ANSWER, QUESTION, SUPERVISED, TEMPLATE, THINK
 from distill_jax.rollout import scoring
 from distill_jax.rollout.scoring import Scorer, SignalSpec, Totals, score_rows
@@ -109,11 +110,14 @@ def test_compiles_once_per_bucket():
 def test_no_logits_of_the_whole_batch():
     model, params = make(PLAIN)
     b, t, v = 4, 96, PLAIN.vocab_size
-    jaxpr = jax.make_jaxpr(scoring._score, static_argnums=(0, 5, 6, 7, 8))(
-        model, params, jnp.zeros((b, t), jnp.int32), jnp.zeros(b, jnp.int32), jnp.zeros((b, t), bool), 4, 32, v, None)
-    assert f"f32[32,{v}]" in str(jaxpr)
-    for shape in (f"[{b},{t},{v}]", f"[{b * t},{v}]"):
-        assert shape not in str(jaxpr)
+    for spec in ("topk:4", "sampled:5:0.8", "hidden", "token"):
+        static = scoring._Static(spec=SignalSpec.parse(spec), chunk=32, real=v)
+        jaxpr = jax.make_jaxpr(scoring._score, static_argnums=(0, 6))(
+            model, params, jnp.zeros((b, t), jnp.int32), jnp.zeros(b, jnp.int32), jnp.zeros((b, t), bool),
+            jnp.zeros(b, jnp.uint32), static)
+        assert f"f32[32,{v}]" in str(jaxpr)
+        for shape in (f"[{b},{t},{v}]", f"[{b * t},{v}]"):
+            assert shape not in str(jaxpr)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1)])
@@ -132,10 +136,13 @@ def test_on_a_mesh(shape):
 
 def test_bad_requests():
     model, params = make(PLAIN)
-    for text in ("topk", "topk:0", "topk:x", "token:3", "kl"):
+    for text in ("topk", "topk:0", "topk:x", "token:3", "kl", "sampled", "sampled:4:x", "hidden:u8"):
         with pytest.raises(ValueError, match="expected topk:K"):
             SignalSpec.parse(text)
-    assert str(SignalSpec.parse("topk:64")) == "topk:64" and str(SignalSpec.parse("token")) == "token"
+    for text in ("topk:64", "token", "sampled:50", "sampled:50:0.8", "hidden", "hidden:int8"):
+        assert str(SignalSpec.parse(text)) == text
+    with pytest.raises(ValueError, match="above 0"):
+        SignalSpec(kind="sampled", k=4, temperature=0.0)
     with pytest.raises(ValueError, match="only 61 token ids"):
         Scorer(model, params, SignalSpec.parse("topk:62"))
     with pytest.raises(ValueError, match="context is 4096"):
@@ -143,3 +150,51 @@ def test_bad_requests():
     odd = Row(tokens=np.array([1, 61], np.int32), roles=np.array([1, 4], np.uint8))
     with pytest.raises(ValueError, match="token id 61"):
         score_rows(model, params, [odd], SignalSpec.parse("token"))
+
+
+def test_draws_and_states_against_the_dense_model():
+    """Shares of the draws are within one draw of the probabilities and depend on the row alone; states and head give
+    the teacher's own logits."""
+    model, params = make(EVERYTHING)
+    rows = some_rows([9, 21, 13])
+    sampled = Scorer(model, params, SignalSpec.parse("sampled:20"), chunk=7, buckets=(24,))(rows)[0]
+    alone = Scorer(model, params, SignalSpec.parse("sampled:20"), chunk=7, buckets=(24,))(rows[1:2])[0]
+    assert alone[0].ids.tobytes() == sampled[1].ids.tobytes()
+    scorer = Scorer(model, params, SignalSpec.parse("hidden"), chunk=7, buckets=(24,))
+    stored = scorer.head
+    head = Head(kernel=stored.kernel, bias=stored.bias, scale=stored.scale, soft_cap=stored.soft_cap, real=stored.real)
+    for row, draws, states in zip(rows, sampled, scorer(rows)[0]):
+        table = dense(model, params, row)[draws.mask]
+        shares = np.zeros_like(table)
+        for t, (ids, weights) in enumerate(zip(draws.ids[draws.mask], draws.weights[draws.mask])):
+            shares[t, ids[ids >= 0]] = weights[ids >= 0]
+        np.testing.assert_allclose(shares.sum(1), 1, atol=1e-6)
+        np.testing.assert_allclose(shares * 20, np.rint(shares * 20), atol=1e-4)
+        assert np.abs(shares - np.exp(table)).max() < 1 / 20 + 1e-5
+        logits = np.asarray(head.logits(jnp.asarray(states.states[states.mask])), np.float64)
+        np.testing.assert_allclose(logits - np.logaddexp.reduce(logits, axis=1)[:, None], table, atol=3e-5)
+
+
+def test_draws_at_another_temperature_are_weighed_back():
+    model, params = make(PLAIN)
+    rows = some_rows([9, 21])
+    got = score_rows(model, params, rows, SignalSpec.parse("sampled:4000:2"), buckets=(24,))
+    for row, draws in zip(rows, got):
+        for t in np.flatnonzero(draws.mask):
+            there = draws.ids[t] >= 0
+            share = np.zeros(61)
+            share[draws.ids[t][there]] = draws.weights[t][there]
+            np.testing.assert_allclose(share, np.exp(dense(model, params, row)[t]), atol=2e-3)
+
+
+def test_a_row_of_nan_is_masked_and_not_counted():
+    model, params = make(EVERYTHING)
+    params = jax.tree.map(lambda x: x, params)
+    broken = dict(params) | {"embed": jax.tree.map(lambda x: x.at[7].set(jnp.nan), params["embed"])}
+    rows = some_rows([9, 9])
+    rows[0].tokens[:], rows[1].tokens[:] = 3, 3
+    rows[1].tokens[0] = 7
+    for spec in ("topk:3", "sampled:5"):
+        signals, totals = Scorer(model, broken, SignalSpec.parse(spec), buckets=(24,))(rows)
+        assert signals[0].mask.any() and not signals[1].mask.any()
+        assert totals.count.sum() == signals[0].mask.sum() and np.isfinite(totals.nll).all()

@@ -1,14 +1,25 @@
 """The trace store: see `store.TraceStore`."""
 
 from distill_jax.traces.store.header import StoreHeader, compatible, differences
+from distill_jax.traces.store.heads import StoredHead
 from distill_jax.traces.store.rows import Row, RowArrays, RowIndex
 from distill_jax.traces.store.sealed import CorruptShard
 from distill_jax.traces.store.signal_io import SignalReader, SignalWriter
-from distill_jax.traces.store.signals import SignalHeader, TokenRow, TopKRow, truncate_mass
+from distill_jax.traces.store.signals import (
+    HiddenRow,
+    SampledRow,
+    SignalHeader,
+    SignalRow,
+    TokenRow,
+    TopKRow,
+    blank,
+    truncate_mass,
+)
 from distill_jax.traces.store.store import TraceStore
 from distill_jax.traces.store.writers import StoreWriter
 
 __all__ = [
-    "CorruptShard", "Row", "RowArrays", "RowIndex", "SignalHeader", "SignalReader", "SignalWriter", "StoreHeader",
-    "StoreWriter", "TokenRow", "TopKRow", "TraceStore", "compatible", "differences", "truncate_mass",
+    "CorruptShard", "HiddenRow", "Row", "RowArrays", "RowIndex", "SampledRow", "SignalHeader", "SignalReader",
+    "SignalRow", "SignalWriter", "StoreHeader", "StoreWriter", "StoredHead", "TokenRow", "TopKRow", "TraceStore",
+    "blank", "compatible", "differences", "truncate_mass",
 ]

@@ -56,7 +56,7 @@ def _compact(name: str, values: Any) -> Any:
         return tuple(sys.intern(v) for v in values)
     if name == "flags":
         return {flag: np.array(rows, np.int32) for flag, rows in values.items()}
-    kinds = {"verdicts": np.int8, "documents": np.int64, "outcomes": np.int64}
+    kinds = {"verdicts": np.int8, "documents": np.int64, "outcomes": np.int64, "states": np.int64}
     return np.array(values, kinds.get(name, np.int32))
 
 

@@ -5,15 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from distill_jax.traces.store.codecs import Columns, make_codec
+from distill_jax.traces.store.heads import StoredHead, read_head
 from distill_jax.traces.store.ragged import Table, column, plane_names, to_planes
 from distill_jax.traces.store.reader import Reader, seeds_of
 from distill_jax.traces.store.sealed import CorruptShard
 from distill_jax.traces.store.shards import Commit, Shards
-from distill_jax.traces.store.signals import Columns, SignalHeader, SignalRow, make_codec
+from distill_jax.traces.store.signals import SignalHeader, SignalRow
 from distill_jax.traces.store.vocabulary import Vocabulary
 from distill_jax.traces.store.writers import Writer
 
-CHUNKS = {"tokens": (256, 4096), "outcomes": (4096, 65536)}
+CHUNKS = {"tokens": (256, 4096), "outcomes": (4096, 65536), "states": (4096, 1 << 18)}
 """Least and most entries an inner chunk of each table."""
 
 
@@ -56,12 +58,20 @@ class SignalReader:
         return tuple(self._shards.commits)
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[SignalRow]:
-        """The signal of many rows, in the order asked: `TopKRow` or `TokenRow` by the header's kind."""
+        """The signal of many rows, in the order asked, of the row type of the header's kind (`signals.ROWS`)."""
         return [self._codec.decode(tables, int(commit.columns["tokens"][at]), self._vocabulary)
                 for commit, at, tables in self._reader.read(ids, tuple(self._codec.widths))]
 
+    def head(self) -> StoredHead:
+        """The teacher's head of a hidden signal. Raises ValueError for another kind, CorruptShard."""
+        if self.header.head is None:
+            raise ValueError(f"signal {self.name!r} is {self.header.kind}, only hidden signals have a head")
+        return read_head(self._shards.kv, self.name, self.header.head)
+
     def verify(self) -> None:
         """Read and check every byte. Raises CorruptShard."""
+        if self.header.head is not None:
+            self.head()
         for commit in self._shards.commits:
             self.read(np.arange(commit.first_row, commit.first_row + commit.rows))
             self._shards.verify_files(commit)

@@ -6,28 +6,35 @@ is seeded with the content checksum of the row it was made for, so it cannot be 
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 
 import distill_jax.traces.store.quantise as quantise
-from distill_jax.traces.store.ragged import column
-from distill_jax.traces.store.rows import MAX_ID
-from distill_jax.traces.store.vocabulary import Vocabulary
 
-KINDS = ("topk", "token")
 MAX_K = 4096
+COUNTS = "counts"
+"""Precision of a `sampled` signal whose draws all count the same: how often each id was drawn, exact."""
+STATES = {"bf16": 2, "int8": 1}
+"""Precisions of hidden states, and bytes a number."""
+_GRADES = tuple(quantise.PRECISIONS)
+KINDS = {"topk": _GRADES, "token": ("u16", *_GRADES), "sampled": (COUNTS, *_GRADES), "hidden": tuple(STATES)}
+"""Precisions each kind of signal can have, its default first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalHeader:
     """What a signal is and who made it; immutable once written.
 
-    kind       `topk`: the k most probable outcomes; `token`: the log-prob of the token that stands there
-    k          outcomes kept at most (topk), 0 for token
+    kind       `topk`: the k most probable outcomes; `token`: the log-prob of the token that stands there; `sampled`:
+               outcomes drawn from the teacher; `hidden`: the teacher's final states, its head stored beside them
+    k          outcomes kept at most (topk), draws (sampled), width of the states (hidden), 0 for token
     teacher    model, revision and whatever identifies it
     params     how it was scored: template, temperature, dtype, kept mass, ... (JSON)
-    precision  of the log-probs, see `quantise`: `u8` (default for topk), `u16` (default for token), `f16`, `f32`
+    precision  of log-probs and weights, see `quantise`: `u8` (default of topk), `u16` (of token), `f16`, `f32`; of
+               sampled also `counts` (its default); of hidden `bf16` (its default) or `int8` with a scale a token
+    head       of hidden: what `heads.write_head` returned
     """
 
     kind: str
@@ -35,20 +42,28 @@ class SignalHeader:
     teacher: Mapping[str, Any] | str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
     precision: str = ""
+    head: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown signal kind {self.kind!r}; expected one of {', '.join(KINDS)}")
-        if not (1 <= self.k <= MAX_K if self.kind == "topk" else self.k == 0):
-            raise ValueError(f"a {self.kind} signal cannot have k={self.k}: topk takes 1 to {MAX_K}, token takes 0")
+        most = {"topk": MAX_K, "sampled": MAX_K, "hidden": 1 << 20, "token": 0}[self.kind]
+        if not min(most, 1) <= self.k <= most:
+            raise ValueError(f"a {self.kind} signal cannot have k={self.k}: topk and sampled take 1 to {MAX_K}, "
+                             "hidden the width of the states, token 0")
         if not self.precision:
-            object.__setattr__(self, "precision", "u8" if self.kind == "topk" else "u16")
-        if self.precision not in quantise.PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}; expected one of "
-                             f"{', '.join(quantise.PRECISIONS)}")
+            object.__setattr__(self, "precision", KINDS[self.kind][0])
+        if self.precision not in KINDS[self.kind]:
+            raise ValueError(f"unknown precision {self.precision!r} of a {self.kind} signal; expected one of "
+                             f"{', '.join(dict.fromkeys(KINDS[self.kind]))}")
+        if (self.kind == "hidden") != (self.head is not None):
+            raise ValueError("a hidden signal needs the teacher's head, and no other signal has one")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        value = asdict(self)
+        if self.head is None:  # headers written before there were hidden signals stay the same to the byte
+            del value["head"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "SignalHeader":
@@ -56,7 +71,29 @@ class SignalHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKRow:
+class SignalRow:
+    """What a teacher said about each of the T tokens of a row: arrays [T, ...] of which `mask` is always one.
+
+    empty  what stands in each array where the teacher said nothing
+    """
+
+    mask: np.ndarray
+
+    empty: ClassVar[Mapping[str, Any]] = {"mask": False}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name; optional ones that were not given are left out."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def at(self, index: np.ndarray) -> Any:
+        """The row whose token t is this one's token `index[t]`, int [T']; -1: the teacher said nothing."""
+        said = (index >= 0) & self.mask[index]
+        spread = lambda name, x: np.where(said.reshape(-1, *[1] * (x.ndim - 1)), x[index], self.empty[name])
+        return type(self)(**{name: spread(name, x).astype(x.dtype) for name, x in self.arrays().items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRow(SignalRow):
     """The k most probable outcomes at each of T tokens, most probable first.
 
     ids       int32 [T,K]    token ids, -1 where fewer than K are kept
@@ -68,21 +105,62 @@ class TopKRow:
 
     ids: np.ndarray
     logprobs: np.ndarray
-    mask: np.ndarray
     tail: np.ndarray | None = None
+
+    empty: ClassVar[Mapping[str, Any]] = {"mask": False, "ids": np.int32(-1), "logprobs": np.float32(-np.inf),
+                                          "tail": np.float32(1)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenRow:
+class TokenRow(SignalRow):
     """Log-prob of the token that stands there: logprobs float32 [T] (0 where masked), mask bool [T]."""
 
     logprobs: np.ndarray
-    mask: np.ndarray
+
+    empty: ClassVar[Mapping[str, Any]] = {"mask": False, "logprobs": np.float32(0)}
 
 
-SignalRow = TopKRow | TokenRow
-Planes = Mapping[str, np.ndarray]
-Columns = dict[str, dict[str, np.ndarray]]
+@dataclass(frozen=True, kw_only=True)
+class SampledRow(SignalRow):
+    """Outcomes drawn from the teacher at each of T tokens (random sampling KD, 2503.16870).
+
+    ids      int32 [T,S]    distinct token ids, largest weight first, -1 where fewer than S were drawn
+    weights  float32 [T,S]  shares of the draws (times their importance), summing to 1; 0 where ids is -1
+    mask     bool [T]       whether the teacher said anything about the token
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+    empty: ClassVar[Mapping[str, Any]] = {"mask": False, "ids": np.int32(-1), "weights": np.float32(0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenRow(SignalRow):
+    """The teacher's final-norm state that predicts each of T tokens, `states * scales`; its head makes logits of it.
+
+    states  [T,D]        bfloat16, or int8; any float on the way in
+    scales  float32 [T]  1 for bfloat16. None on the way in: made while it is stored
+    mask    bool [T]     whether the teacher said anything about the token
+    """
+
+    states: np.ndarray
+    scales: np.ndarray | None = None
+
+    empty: ClassVar[Mapping[str, Any]] = {"mask": False, "states": 0, "scales": np.float32(0)}
+
+
+ROWS: dict[str, type[SignalRow]] = {"topk": TopKRow, "token": TokenRow, "sampled": SampledRow, "hidden": HiddenRow}
+
+
+def blank(header: SignalHeader, length: int) -> SignalRow:
+    """The signal of a row of which the teacher said nothing."""
+    kind, wide = ROWS[header.kind], (length, header.k)
+    shapes = {"ids": wide, "weights": wide, "logprobs": wide if header.k else (length,), "states": wide}
+    values = {name: np.full(shapes.get(name, length), empty) for name, empty in kind.empty.items()}
+    if header.kind == "hidden":
+        values["states"] = values["states"].astype(np.int8 if header.precision == "int8" else ml_dtypes.bfloat16)
+    return kind(**values)
 
 
 def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
@@ -97,143 +175,3 @@ def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
     tail = np.clip(tail + p.sum(axis=1, dtype=np.float64, where=~keep), 0.0, 1.0).astype(np.float32)
     return TopKRow(ids=np.where(keep, ids, -1), logprobs=np.where(keep, lp, np.float32(-np.inf)), mask=row.mask,
                    tail=tail)
-
-
-class TopKCodec:
-    """Rows of `TopKRow` as two tables: one entry a token (`tokens`: kept + 1, tail) and one an outcome (`outcomes`:
-    id, log-prob code as the difference to the one before). The id column goes through a `Vocabulary`."""
-
-    def __init__(self, header: SignalHeader) -> None:
-        self.k = header.k
-        self.precision = header.precision
-        self._code = quantise.PRECISIONS[header.precision].code
-        self._graded = bool(quantise.PRECISIONS[header.precision].steps)
-        self.widths = {"tokens": {"kept": 2, "tail": 2 if self._graded else 4},
-                       "outcomes": {"id": 4, "code": self._code.itemsize}}
-
-    def encode(self, row: SignalRow, length: int) -> Columns:
-        """{table: {column: unsigned integers}}. Raises ValueError for a row that is not a table of log-probabilities
-        for `length` tokens."""
-        ids, logprobs, mask, tail = self._checked(row, length)
-        if np.any(logprobs[:, 1:] > logprobs[:, :-1]):
-            order = np.argsort(-logprobs, axis=1, kind="stable")
-            ids, logprobs = np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
-        there = ids >= 0
-        kept = np.where(mask, there.sum(axis=1) + 1, 0)
-        codes = quantise.encode(logprobs[there], self.precision)
-        delta = np.diff(codes, prepend=np.zeros(1, codes.dtype))  # wraps around; the sum does too
-        tails = quantise.encode_tail(tail) if self._graded else tail.astype("<f4").view("<u4")
-        tails = np.where(mask, tails, np.zeros(1, tails.dtype))
-        return {"tokens": {"kept": kept.astype(np.uint16), "tail": tails},
-                "outcomes": {"id": ids[there], "code": delta}}
-
-    def _checked(self, row: SignalRow, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """ids int32 and log-probs float32 [T,K] (-1 and -inf where absent), mask [T], tail float64 [T]."""
-        if not isinstance(row, TopKRow):
-            raise ValueError(f"this signal takes TopKRow, got {type(row).__name__}")
-        ids, lp, mask = np.asarray(row.ids), np.asarray(row.logprobs, np.float32), np.asarray(row.mask, bool)
-        if ids.ndim != 2 or ids.shape != lp.shape or len(ids) != length or ids.shape[1] > self.k:
-            raise ValueError(f"expected ids and logprobs [{length}, at most {self.k}], got {ids.shape} {lp.shape}")
-        if mask.shape != (length,):
-            raise ValueError(f"expected mask [{length}], got {mask.shape}")
-        if ids.max(initial=-1) > MAX_ID:
-            raise ValueError(f"token id {ids.max()} does not fit: ids go to {MAX_ID}")
-        there = (ids >= 0) & mask[:, None]
-        ids = np.where(there, ids, -1).astype(np.int32)
-        lp = np.where(there, lp, np.float32(-np.inf))
-        if not np.all(np.isfinite(lp) == there) or lp.max(initial=-np.inf) > 1e-3:
-            raise ValueError("log-probs of kept outcomes must be finite and at most 0; give outcomes of "
-                             "probability 0 the id -1")
-        ordered = np.sort(ids, axis=1)
-        if np.any((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)):
-            raise ValueError("an outcome occurs twice at one token")
-        total = np.exp(lp).sum(axis=1, dtype=np.float64)
-        if np.any(total > 1.001):
-            raise ValueError(f"probabilities of one token sum to {total.max():.6f}: these are not log-probabilities "
-                             "over the full vocabulary")
-        if total.max(initial=0) > 1:  # float noise
-            lp = np.nextafter(lp - np.log(np.maximum(total, 1.0))[:, None].astype(np.float32), np.float32(-np.inf))
-        lp = np.minimum(lp, np.float32(0))
-        rest = np.maximum(1.0 - total, 0.0)
-        tail = rest if row.tail is None else np.where(mask, np.asarray(row.tail, np.float64), 1.0)
-        if tail.shape != (length,) or not np.all(np.abs(tail - rest)[mask] < 1e-3):
-            raise ValueError("tail must be 1 - sum(exp(logprobs)) to 1e-3")
-        return ids, lp, mask, tail
-
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> TopKRow:
-        """Inverse of `encode`, up to the precision."""
-        kept = column(tables["tokens"], "kept", length)
-        mask = kept > 0
-        count = np.maximum(kept - 1, 0)
-        total = int(count.sum())
-        flat_ids = vocabulary.decode(column(tables["outcomes"], "id", total))
-        delta = column(tables["outcomes"], "code", total, self._code.newbyteorder("="))
-        codes = np.cumsum(delta, dtype=delta.dtype)
-        lp = quantise.decode(codes, self.precision)
-        tails = column(tables["tokens"], "tail", length, np.uint32)
-        if self._graded:
-            tail = np.where(mask, quantise.decode_tail(tails), np.float32(1))
-            lp = self._scaled(lp, codes, count, tail)
-        else:
-            tail = np.where(mask, tails.view(np.float32), np.float32(1))
-        places, shape = _places(count, self.k), (length, self.k)
-        return TopKRow(ids=_spread(flat_ids, places, shape, np.int32(-1)),
-                       logprobs=_spread(lp, places, shape, np.float32(-np.inf)), mask=mask, tail=tail)
-
-    def _scaled(self, lp: np.ndarray, codes: np.ndarray, count: np.ndarray, tail: np.ndarray) -> np.ndarray:
-        """Log-probs moved by one number a token so that the kept mass is 1 - tail."""
-        some = np.flatnonzero(count)
-        if not len(some):
-            return lp
-        begins = np.cumsum(count)[some] - count[some]
-        mass = np.add.reduceat(quantise.probabilities(codes, self.precision), begins)
-        left = np.maximum(1 - tail[some], np.float32(1e-30))
-        return np.minimum(lp + np.repeat(np.log(left / mass), count[some]), np.float32(0))
-
-
-def _places(count: np.ndarray, width: int) -> np.ndarray | None:
-    """Where ragged entries, `count` of them a row, stand in a flattened [T, width]; None when they fill it."""
-    total = int(count.sum())
-    if total == len(count) * width:
-        return None
-    before = np.cumsum(count) - count
-    return np.repeat(np.arange(len(count)) * width - before, count) + np.arange(total)
-
-
-def _spread(flat: np.ndarray, places: np.ndarray | None, shape: tuple[int, int], empty: Any) -> np.ndarray:
-    """Ragged entries into their places of an array that is `empty` elsewhere."""
-    if places is None:
-        return flat.reshape(shape)
-    out = np.full(shape[0] * shape[1], empty)
-    out[places] = flat
-    return out.reshape(shape)
-
-
-class TokenCodec:
-    """Rows of `TokenRow` as one table: mask, code."""
-
-    def __init__(self, header: SignalHeader) -> None:
-        self.precision = header.precision
-        self._code = quantise.PRECISIONS[header.precision].code
-        self.widths = {"tokens": {"mask": 1, "code": self._code.itemsize}}
-
-    def encode(self, row: SignalRow, length: int) -> Columns:
-        if not isinstance(row, TokenRow):
-            raise ValueError(f"this signal takes TokenRow, got {type(row).__name__}")
-        lp, mask = np.asarray(row.logprobs, np.float32), np.asarray(row.mask, bool)
-        if lp.shape != (length,) or mask.shape != (length,):
-            raise ValueError(f"expected logprobs and mask [{length}], got {lp.shape} {mask.shape}")
-        if np.any(np.isnan(lp[mask])) or np.any(lp[mask] > 1e-3):
-            raise ValueError("log-probs must be numbers at most 0")
-        lp = np.minimum(np.where(mask, lp, np.float32(0)), np.float32(0))
-        codes = quantise.encode(lp, self.precision)
-        return {"tokens": {"mask": mask.astype(np.uint8), "code": codes}}
-
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> TokenRow:
-        planes = tables["tokens"]
-        codes = column(planes, "code", length, self._code.newbyteorder("="))
-        return TokenRow(logprobs=quantise.decode(codes, self.precision), mask=column(planes, "mask", length) > 0)
-
-
-def make_codec(header: SignalHeader) -> TopKCodec | TokenCodec:
-    return TopKCodec(header) if header.kind == "topk" else TokenCodec(header)

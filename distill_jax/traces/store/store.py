@@ -4,6 +4,7 @@
     shards/000000.json                             commit of a shard: rows, lengths, checksums, writer state
     data/000000-<tag>/tokens/  text/               zarr v3 arrays of the shard
     signals/<name>/header.json, shards/, data/     a teacher signal, same rows and shard boundaries
+    signals/<name>/head/                           of hidden states: the head that makes logits of them
 
 See `shards` for how a shard becomes visible, `ragged` for the arrays, `quantise` for the log-probs.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from distill_jax.traces.store.header import StoreHeader
+from distill_jax.traces.store.heads import StoredHead, write_head
 from distill_jax.traces.store.kv import Kv
 from distill_jax.traces.store.reader import Reader, seeds_of
 from distill_jax.traces.store.rows import (
@@ -186,6 +188,10 @@ class TraceStore:
             raise ValueError(f"{self.url} has no signal {name!r}; it has: {', '.join(self.signals()) or 'none'}")
         header = SignalHeader.from_json(unseal(data, f"{self.url}: {key}")["header"])
         return SignalReader(name, header, self._shards, Shards(self.kv, f"signals/{name}/", seal_id(data)))
+
+    def write_head(self, name: str, head: StoredHead) -> dict[str, Any]:
+        """Store the teacher's head of a hidden signal, before its writer is made with what this returns."""
+        return write_head(self.kv, _signal_name(name), head)
 
     def signal_writer(self, name: str, header: SignalHeader) -> SignalWriter:
         """A writer for a new signal, or one that continues an interrupted one: its header must be the same."""

@@ -3,8 +3,8 @@
 import numpy as np
 
 from distill_jax.traces.store import Row, SignalHeader, StoreHeader, TokenRow, TopKRow, TraceStore
+from distill_jax.traces.store.codecs import make_codec
 from distill_jax.traces.store.ragged import plane_names, to_planes
-from distill_jax.traces.store.signals import make_codec
 from distill_jax.traces.store.vocabulary import Vocabulary
 from distill_jax.traces.trace import Encoded, simple_trace
 

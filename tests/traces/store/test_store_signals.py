@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.traces.store import SignalHeader, TokenRow, TopKRow, TraceStore, truncate_mass
+from distill_jax.traces.store import (
+    CorruptShard,
+    HiddenRow,
+    SampledRow,
+    SignalHeader,
+    StoredHead,
+    TokenRow,
+    TopKRow,
+    TraceStore,
+    truncate_mass,
+)
 from distill_jax.traces.store.vocabulary import Vocabulary
 from tests.traces.store.store_builders import HEADER, build, make_row, make_token, make_topk, through_codec
 
@@ -157,7 +167,7 @@ def test_boundaries_and_resume(store):
     ({"tail": np.zeros(3, np.float32)}, "tail must be"),
 ])
 def test_bad_rows(change, message):
-    from distill_jax.traces.store.signals import make_codec
+    from distill_jax.traces.store.codecs import make_codec
     good = {"ids": np.array([[1, 2]] * 3), "logprobs": np.full((3, 2), -1.0, np.float32), "mask": np.ones(3, bool)}
     codec = make_codec(SignalHeader(kind="topk", k=2))
     codec.encode(TopKRow(**good), 3)
@@ -166,8 +176,10 @@ def test_bad_rows(change, message):
 
 
 def test_bad_headers_and_kinds(store):
-    for kwargs, message in (({"kind": "hidden"}, "unknown signal kind"), ({"kind": "topk"}, "cannot have k=0"),
+    for kwargs, message in (({"kind": "hiden"}, "unknown signal kind"), ({"kind": "topk"}, "cannot have k=0"),
                             ({"kind": "token", "k": 4}, "cannot have k=4"),
+                            ({"kind": "hidden", "k": 8}, "needs the teacher's head"),
+                            ({"kind": "hidden", "k": 8, "head": {}, "precision": "u8"}, "unknown precision"),
                             ({"kind": "token", "precision": "u4"}, "unknown precision")):
         with pytest.raises(ValueError, match=message):
             SignalHeader(**kwargs)
@@ -176,3 +188,80 @@ def test_bad_headers_and_kinds(store):
             TokenRow(logprobs=np.zeros(3), mask=np.ones(3, bool)))
     with pytest.raises(ValueError, match="signal name"):
         store.signal("../up")
+
+
+def make_sampled(i: int, length: int, n: int = 10) -> SampledRow:
+    """Ten draws of up to six ids a token, merged."""
+    rng = np.random.default_rng([i, 3])
+    counts = rng.multinomial(n, rng.dirichlet(np.full(6, 0.5), length))
+    ids = np.stack([rng.choice(151_665, 6, replace=False) for _ in range(length)]).astype(np.int32)
+    mask = rng.random(length) < 0.8
+    there = (counts > 0) & mask[:, None]
+    weights = np.where(there, counts / n, 0).astype(np.float32)
+    return SampledRow(ids=np.where(there, ids, -1), weights=weights, mask=mask)
+
+
+@pytest.mark.parametrize("precision,rtol", [("counts", 1e-6), ("u16", 5e-3), ("f32", 1e-6)])
+def test_sampled_round_trip(store, precision, rtol):
+    header = SignalHeader(kind="sampled", k=10, precision="" if precision == "counts" else precision)
+    made = [make_sampled(i, n) for i, n in enumerate(store.lengths())]
+    with store.signal_writer(f"sampled-{precision}", header) as writer:
+        for s in made:
+            writer.append(s)
+    reader = TraceStore.open(store.url).signal(f"sampled-{precision}")
+    assert reader.header.precision == precision
+    for s, got in zip(made, reader.read(np.arange(12))):
+        np.testing.assert_array_equal(got.mask, s.mask)
+        assert np.all(np.diff(got.weights, axis=1) <= 0)
+        for t in np.flatnonzero(s.mask):
+            expected = {int(i): float(w) for i, w in zip(s.ids[t], s.weights[t]) if i >= 0}
+            found = {int(i): float(w) for i, w in zip(got.ids[t], got.weights[t]) if i >= 0}
+            assert found == pytest.approx(expected, rel=rtol)
+
+
+@pytest.mark.parametrize("precision,error", [("bf16", 2.0**-8), ("int8", 0.5 / 127)])
+def test_hidden_round_trip_and_its_head(store, precision, error):
+    rng = np.random.default_rng(0)
+    head = StoredHead(kernel=rng.normal(size=(50, 12)).astype(np.float32), bias=rng.normal(size=50).astype(np.float32),
+                      scale=0.5, soft_cap=30.0, real=47)
+    name = f"hidden-{precision}"
+    header = SignalHeader(kind="hidden", k=12, precision=precision, head=store.write_head(name, head))
+    made = [HiddenRow(states=rng.normal(size=(n, 12)).astype(np.float32), mask=rng.random(n) < 0.8)
+            for n in store.lengths()]
+    with store.signal_writer(name, header) as writer:
+        for s in made:
+            writer.append(s)
+    reader = TraceStore.open(store.url).signal(name)
+    assert reader.header == header
+    back = reader.head()
+    assert all(np.array_equal(getattr(back, f), getattr(head, f)) for f in vars(head))
+    for s, got in zip(made, reader.read(np.arange(12))):
+        np.testing.assert_array_equal(got.mask, s.mask)
+        assert got.states.dtype.name == {"bf16": "bfloat16", "int8": "int8"}[precision]
+        values = got.states.astype(np.float32) * got.scales[:, None]
+        size = np.abs(s.states) if precision == "bf16" else np.abs(s.states).max(axis=1, keepdims=True)
+        assert np.all(np.abs(values - s.states)[s.mask] <= (error * size + 1e-6 + 0 * values)[s.mask])
+        assert not values[~s.mask].any()
+    key = f"signals/{name}/head/kernel-000.bin"
+    good = store.kv.read(key)
+    store.kv.write_many({key: good[:-1] + b"\0"})
+    with pytest.raises(CorruptShard, match=r"kernel-000.bin"):
+        reader.verify()
+    store.kv.write_many({key: good})
+    reader.verify()
+
+
+@pytest.mark.parametrize("row,message", [
+    (SampledRow(ids=np.array([[1, 2]]), weights=np.array([[0.5, 0.4]]), mask=np.ones(1, bool)), "sum to 1"),
+    (SampledRow(ids=np.array([[1, 2]]), weights=np.array([[np.nan, 0.5]]), mask=np.ones(1, bool)), "finite"),
+    (SampledRow(ids=np.array([[1, 1]]), weights=np.array([[0.5, 0.5]]), mask=np.ones(1, bool)), "occurs twice"),
+    (SampledRow(ids=np.array([[1, 2]]), weights=np.array([[0.55, 0.45]]), mask=np.ones(1, bool)), "2 equal draws"),
+    (HiddenRow(states=np.array([[1, np.inf]]), mask=np.ones(1, bool)), "token 0 is not finite"),
+    (HiddenRow(states=np.zeros((1, 3)), mask=np.ones(1, bool)), r"states \[1, 2\]"),
+])
+def test_bad_draws_and_states(row, message):
+    from distill_jax.traces.store.codecs import make_codec
+    head = {} if isinstance(row, HiddenRow) else None
+    codec = make_codec(SignalHeader(kind="sampled" if head is None else "hidden", k=2, head=head))
+    with pytest.raises(ValueError, match=message):
+        codec.encode(row, 1)
