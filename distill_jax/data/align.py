@@ -38,13 +38,19 @@ class TokenArrays(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """index int32 [T]: the source token that is target token t, -1 if none. supervised, covered: tokens of the
-    target's segments a loss is taken on, and those of them that have a source. Think tags and turn ends are not
-    counted: they differ between templates by their nature."""
+    """index int32 [T]: the source token whose distribution is meant at target token t, -1 if none. supervised, covered:
+    tokens of the target's segments a loss is taken on, and those of them that have their text in the source. Think tags
+    and turn ends are not counted: they differ between templates by their nature.
+
+    With one vocabulary a source token with a target is the same token. With two (`data.cross`), pairs int32 [T] is
+    `index` where it is, and begun counts the covered tokens that have a distribution.
+    """
 
     index: np.ndarray
     supervised: int
     covered: int
+    pairs: np.ndarray | None = None
+    begun: int | None = None
 
 
 def token_map(source: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarray | None:

@@ -2,7 +2,8 @@
 
 Same tokenizer and template: the teacher reads the stored tokens. Same learned vocabulary, but another template or other
 added tokens: the teacher reads the trace rendered as it knows it, and the signal goes to the stored tokens by byte
-offsets. Another vocabulary: refused.
+offsets. Another vocabulary: the same, by groups of tokens that cover the same bytes (`data.cross`): a distribution goes
+to the token that begins a group, a token's log-prob to the same token.
 
 Works shard by shard, always with the same batches: killed and started again, the signal is the same to the bit (same
 machine and devices).
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.tree import paths
 from distill_jax.data.align import Alignment, align, gather_token, gather_topk, require_coverage, token_map
+from distill_jax.data.cross import byte_map, cross_align, merge_outcomes, require_same_text
 from distill_jax.data.render import render, template_id
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.progress import Ticker
@@ -46,6 +48,9 @@ class ScoreJob:
     precision     how log-probs are stored, see `traces.store.quantise`; "" for the signal's default
     skip_long     rows longer than the teacher's context get no signal (else they are an error)
     tokenizer     the teacher's, if it is not beside the teacher
+    student_tokenizer  the store's, asked for when the teacher's vocabulary is another; default: what the store names
+    across        outcomes that the student has no id for: "match" keeps them apart (`core.batch.FOREIGN`; for `uld`),
+                  "prefix" gives their mass to the longest id their bytes begin with (for divergences)
     """
 
     store: str
@@ -58,9 +63,13 @@ class ScoreJob:
     precision: str = ""
     skip_long: bool = False
     tokenizer: str = ""
+    student_tokenizer: str = ""
+    across: str = "match"
 
     def __post_init__(self) -> None:
         SignalSpec.parse(self.signal)
+        if self.across not in ("match", "prefix"):
+            raise ValueError(f"across {self.across!r}: expected match or prefix")
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
         if self.dtype != "auto" and self.dtype not in ("float32", "bfloat16", "float16"):
@@ -85,12 +94,14 @@ class Tally:
     rows: int = 0
     supervised: int = 0
     covered: int = 0
+    begun: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "Tally") -> "Tally":
         keys = {*self.skipped, *other.skipped}
         return Tally(totals=self.totals + other.totals, rows=self.rows + other.rows,
                      supervised=self.supervised + other.supervised, covered=self.covered + other.covered,
+                     begun=self.begun + other.begun,
                      skipped={k: self.skipped.get(k, 0) + other.skipped.get(k, 0) for k in sorted(keys)})
 
     def to_json(self) -> dict[str, Any]:
@@ -101,18 +112,36 @@ class Tally:
         return cls(**{**value, "totals": Totals.from_json(value["totals"])})
 
     def report(self) -> dict[str, Any]:
-        """`rows`, `rows_without_signal` by reason, `coverage`, and the means of `Totals`."""
-        return {"rows": self.rows, "rows_without_signal": self.skipped,
-                "coverage": self.covered / self.supervised if self.supervised else 1.0, **self.totals.means()}
+        """`rows`, `rows_without_signal` by reason, `coverage`, `with_distribution` (another vocabulary: the share of
+        the supervised tokens that begin a group), and the means of `Totals`, over the teacher's tokens."""
+        share = lambda n: n / self.supervised if self.supervised else 1.0
+        return {"rows": self.rows, "rows_without_signal": self.skipped, "coverage": share(self.covered),
+                "with_distribution": share(self.begun), **self.totals.means()}
 
 
 class _Reader:
     """What the teacher reads of a store's rows, and how its signal goes back to them."""
 
-    def __init__(self, store: TraceStore, tok: Tokenizer, skip_long: bool, context: int) -> None:
-        self.store, self.tok, self.skip_long, self.context = store, tok, skip_long, context
-        self.stored = store.header.tokenizer.get("hash") == tok.hash and store.header.template == template_id(tok)
-        self.mapping = None if self.stored else token_map(tok.info(), store.header.tokenizer)
+    def __init__(self, store: TraceStore, tok: Tokenizer, job: ScoreJob, context: int) -> None:
+        self.store, self.tok, self.skip_long, self.context = store, tok, job.skip_long, context
+        about = store.header.tokenizer
+        self.stored = about.get("hash") == tok.hash and store.header.template == template_id(tok)
+        self.student: Tokenizer | None = None  # of another vocabulary
+        self.prefix = job.across == "prefix"
+        if self.stored or about.get("base_hash") == tok.base_hash:
+            self.mapping = None if self.stored else token_map(tok.info(), about)
+            return
+        self.student = _student_tokenizer(store, job)
+        self.exact = self.mapping = byte_map(tok, self.student)
+        if self.prefix:
+            self.mapping = byte_map(tok, self.student, prefix=True)
+
+    @property
+    def attached(self) -> str:
+        """How the signal finds its tokens; part of its header."""
+        if self.stored or self.student is None:
+            return "tokens" if self.stored else "offsets"
+        return "groups/prefix" if self.prefix else "groups/match"
 
     def check(self) -> None:
         """Raises ValueError for a store that this teacher cannot score, before anything is written."""
@@ -123,10 +152,16 @@ class _Reader:
                                  f"{self.context} tokens (the longest has {self.store.lengths().max():,}); score the "
                                  "others with --skip-long, or use a teacher with a longer context")
             return
-        sample = np.unique(np.linspace(0, len(self.store) - 1, min(SAMPLE, len(self.store))).astype(int))
-        found = zip(self.store.read(sample), self.store.traces(sample))
-        require_coverage(align(row, target, self.mapping) for target, trace in found
-                         if (row := self._rendered(trace)) is not None)
+        sample = np.unique(np.linspace(0, len(self.store) - 1, min(SAMPLE, len(self.store))).astype(int)).tolist()
+        traces = list(self.store.traces(sample))
+        found = {number: self._align(row, target) for number, target, trace in zip(
+            sample, self.store.read(sample), traces) if (row := self._rendered(trace)) is not None}
+        if not found:
+            render(traces[0].replace(encoded=None), self.tok)  # says why
+        if self.student is None:
+            require_coverage(found.values())
+        else:
+            require_same_text(found, (self.tok.name, self.student.name))
 
     def shard(self, commit: Commit) -> Iterator["_Item"]:
         ids = np.arange(commit.first_row, commit.first_row + commit.rows)
@@ -143,7 +178,12 @@ class _Reader:
                 yield _Item(target=target, source=None, why="longer_than_context")
             else:
                 yield _Item(target=target, source=source,
-                            alignment=None if self.stored else align(source, target, self.mapping))
+                            alignment=None if self.stored else self._align(source, target))
+
+    def _align(self, source: Any, target: RowArrays) -> Alignment:
+        if self.student is None:
+            return align(source, target, self.mapping)
+        return cross_align(source, target, self.exact, (self.tok, self.student))
 
     def _rendered(self, trace: Trace) -> Any:
         """The trace as the teacher knows it, or None where its template cannot show it. Ids sampled by somebody else
@@ -166,12 +206,15 @@ class _Reader:
             return signal
         index = item.alignment.index
         if isinstance(signal, TokenRow):
-            logprobs, mask = gather_token(signal.logprobs, signal.mask, index)
+            same = index if item.alignment.pairs is None else item.alignment.pairs
+            logprobs, mask = gather_token(signal.logprobs, signal.mask, same)
             return TokenRow(logprobs=logprobs, mask=mask)
         ids, logprobs, mask = gather_topk(signal.ids, signal.logprobs, signal.mask, index, self.mapping)
         assert signal.tail is not None
         lost = np.exp(signal.logprobs[index]).sum(1) - np.exp(logprobs).sum(1)  # outcomes without a counterpart
         tail = np.where(mask, np.clip(signal.tail[index] + lost, 0, 1), 1).astype(np.float32)
+        if self.student is not None and self.prefix:
+            ids, logprobs = merge_outcomes(ids, logprobs)
         return TopKRow(ids=ids, logprobs=logprobs, mask=mask, tail=tail)
 
 
@@ -206,9 +249,9 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
     if not len(store):
         raise ValueError(f"{store.url} has no rows to score; import or generate traces first")
     spec = SignalSpec.parse(job.signal)
-    reader = _Reader(store, tok, job.skip_long, model.config.context_length)
+    reader = _Reader(store, tok, job, model.config.context_length)
     header = SignalHeader(kind=spec.kind, k=spec.k, precision=job.precision, teacher=_identity(job, params, tok),
-                          params={"attached": "tokens" if reader.stored else "offsets",
+                          params={"attached": reader.attached,
                                   "dtype": str(jnp.dtype(model.dtype)), "batch_tokens": job.batch_tokens,
                                   "skip_long": job.skip_long,
                                   "on": None if job.on is None else [r.name.lower() for r in job.on]})
@@ -242,7 +285,24 @@ def _score_shard(scorer: Scorer, reader: _Reader, items: Sequence[_Item]) -> tup
     aligned = [i.alignment for i in items if i.alignment is not None]
     return signals, Tally(totals=totals, rows=len(items), supervised=sum(a.supervised for a in aligned),
                           covered=sum(a.covered for a in aligned),
+                          begun=sum(a.covered if a.begun is None else a.begun for a in aligned),
                           skipped={why: reasons.count(why) for why in sorted(set(reasons))})
+
+
+def _student_tokenizer(store: TraceStore, job: ScoreJob) -> Tokenizer:
+    """The tokenizer of the stored rows. Raises ValueError when it cannot be loaded or is not the store's."""
+    about = store.header.tokenizer
+    name = job.student_tokenizer or str(about.get("name", ""))
+    try:
+        tok = load_tokenizer(name)
+    except ValueError as e:
+        raise ValueError(f"the teacher's vocabulary is not the store's ({about.get('name')}): their tokens are "
+                         "attached by bytes, which takes the store's tokenizer too, and it cannot be loaded here "
+                         f"({e}). Give --student-tokenizer") from None
+    if tok.hash != about.get("hash"):
+        raise ValueError(f"tokenizer {name} (hash {tok.hash}) did not make this store: it was made with "
+                         f"{about.get('name')} (hash {about.get('hash')}). Give that one as --student-tokenizer")
+    return tok
 
 
 def _tally_key(name: str, commit: Commit) -> str:
