@@ -21,6 +21,10 @@ def score(
     precision: Annotated[str, Opt(help="of the stored values: u8, u16, f16, f32; default by kind")] = "",
     skip_long: Annotated[bool, Opt(help="leave rows beyond the teacher's context without signal")] = False,
     tokenizer: Annotated[str, Opt(help="the teacher's tokenizer, where it is not beside the teacher")] = "",
+    student_tokenizer: Annotated[str, Opt(help="the store's tokenizer, for a teacher of another vocabulary; default: "
+                                               "the one the store names")] = "",
+    across: Annotated[str, Opt(help="another vocabulary, outcomes the student lacks: match (kept apart, for ULD) or "
+                                    "prefix (to the longest token they begin with, for divergences)")] = "match",
     mesh: Annotated[str, Opt(help="device mesh, e.g. data=1,fsdp=-1,tensor=1; default: one device")] = "",
     as_json: Annotated[bool, Opt("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -36,7 +40,7 @@ def score(
 
     job = ScoreJob(store=store, teacher=teacher, signal=signal, name=name, batch_tokens=batch_tokens, dtype=dtype,
                    on=None if on == "all" else parse_roles(on), precision=precision, skip_long=skip_long,
-                   tokenizer=tokenizer)
+                   tokenizer=tokenizer, student_tokenizer=student_tokenizer, across=across)
     report = run(job, mesh=parse_mesh(mesh))
     print(json.dumps(report, indent=1) if as_json else "\n".join(lines(report)),
           file=sys.stdout if as_json else sys.stderr)
@@ -46,6 +50,9 @@ def lines(report: dict[str, Any]) -> list[str]:
     """The report for a person."""
     where = "stored tokens" if report["attached"] == "tokens" else (
         f"the teacher's own rendering, attached by byte offsets to {report['coverage']:.1%} of the supervised tokens")
+    if report["attached"].startswith("groups"):
+        where = (f"the teacher's own tokens, which cover the same bytes as {report['coverage']:.1%} of the supervised "
+                 f"tokens; {report['with_distribution']:.1%} have a distribution")
     out = [f"signal {report['signal']} ({report['kind']}): {report['rows']:,} rows, {report['tokens']:,} tokens with "
            f"signal, from {where}"]
     out += [f"  {n:,} rows without signal: {why}" for why, n in report["rows_without_signal"].items()]

@@ -14,6 +14,10 @@ import jax
 
 Array = Any  # numpy.ndarray or jax.Array
 
+FOREIGN = 1 << 20
+"""Outcomes of a teacher with another vocabulary that the student has no id for are numbered from here: FOREIGN + the
+teacher's id. No head reaches so far, so a loss that compares ids counts them into the tail without being told."""
+
 
 def _pytree(cls: Any) -> Any:
     """Register a dataclass as a pytree whose children are all its fields."""
@@ -52,7 +56,7 @@ class Stream:
 class TopK:
     """The teacher's k most probable outcomes at each token, and what is left as one tail bucket.
 
-    ids       int32 [B,T,K]    token ids, -1 where fewer than K are kept
+    ids       int32 [B,T,K]    token ids, -1 where fewer than K are kept; from FOREIGN on: the student has none
     logprobs  float32 [B,T,K]  full-vocabulary log-probabilities (never renormalised); -inf where ids is -1
     mask      bool [B,T]       whether the teacher said anything about this token
     The tail mass is 1 - sum(exp(logprobs)).

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.tokenizer import same_real_ids
 from distill_jax.traces.store.signals import SampledRow, SignalRow, TokenRow, TopKRow
@@ -39,13 +40,19 @@ class TokenArrays(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """index int32 [T]: the source token that is target token t, -1 if none. supervised, covered: tokens of the
-    target's segments a loss is taken on, and those of them that have a source. Think tags and turn ends are not
-    counted: they differ between templates by their nature."""
+    """index int32 [T]: the source token whose distribution is meant at target token t, -1 if none. supervised, covered:
+    tokens of the target's segments a loss is taken on, and those of them that have their text in the source. Think tags
+    and turn ends are not counted: they differ between templates by their nature.
+
+    With one vocabulary a source token with a target is the same token. With two (`data.cross`), pairs int32 [T] is
+    `index` where it is, and begun counts the covered tokens that have a distribution.
+    """
 
     index: np.ndarray
     supervised: int
     covered: int
+    pairs: np.ndarray | None = None
+    begun: int | None = None
 
 
 def token_map(source: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarray | None:
@@ -130,6 +137,8 @@ def gather(row: SignalRow, index: np.ndarray, mapping: np.ndarray | None = None)
         moved = np.exp(out.logprobs).sum(axis=1, where=lost, initial=0)
         tail = None if out.tail is None else np.clip(out.tail + moved, 0, 1).astype(np.float32)
         return TopKRow(ids=ids, logprobs=logprobs, mask=out.mask, tail=tail)
+    lost |= ids >= FOREIGN
+    ids = np.where(lost, -1, ids)
     weights = np.where(lost, np.float32(0), out.weights)
     total = weights.sum(axis=1)
     weights = weights / np.where(total > 0, total, 1).astype(np.float32)[:, None]

@@ -2,7 +2,8 @@
 
 Same tokenizer and template: the teacher reads the stored tokens. Same learned vocabulary, but another template or other
 added tokens: the teacher reads the trace rendered as it knows it, and the signal goes to the stored tokens by byte
-offsets. Another vocabulary: refused.
+offsets. Another vocabulary: the same, by groups of tokens that cover the same bytes (`data.cross`): a distribution goes
+to the token that begins a group, a token's log-prob to the same token.
 
 Works shard by shard, always with the same batches: killed and started again, the signal is the same to the bit (same
 machine and devices).
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.tree import paths
 from distill_jax.data.align import Alignment, align, gather, require_coverage, token_map
+from distill_jax.data.cross import byte_map, cross_align, merged, require_same_text
 from distill_jax.data.render import render, template_id
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.progress import Ticker
@@ -46,6 +48,9 @@ class ScoreJob:
     precision     how values are stored, see `traces.store.SignalHeader`; "" for the signal's default
     skip_long     rows longer than the teacher's context get no signal (else they are an error)
     tokenizer     the teacher's, if it is not beside the teacher
+    student_tokenizer  the store's, asked for when the teacher's vocabulary is another; default: what the store names
+    across        outcomes that the student has no id for: "match" keeps them apart (`core.batch.FOREIGN`; for `uld`),
+                  "prefix" gives their mass to the longest id their bytes begin with (for divergences)
     """
 
     store: str
@@ -58,9 +63,13 @@ class ScoreJob:
     precision: str = ""
     skip_long: bool = False
     tokenizer: str = ""
+    student_tokenizer: str = ""
+    across: str = "match"
 
     def __post_init__(self) -> None:
         SignalSpec.parse(self.signal)
+        if self.across not in ("match", "prefix"):
+            raise ValueError(f"across {self.across!r}: expected match or prefix")
         if self.batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {self.batch_tokens}")
         if self.dtype != "auto" and self.dtype not in ("float32", "bfloat16", "float16"):
@@ -86,12 +95,14 @@ class Tally:
     rows: int = 0
     supervised: int = 0
     covered: int = 0
+    begun: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "Tally") -> "Tally":
         keys = {*self.skipped, *other.skipped}
         return Tally(totals=self.totals + other.totals, rows=self.rows + other.rows,
                      supervised=self.supervised + other.supervised, covered=self.covered + other.covered,
+                     begun=self.begun + other.begun,
                      skipped={k: self.skipped.get(k, 0) + other.skipped.get(k, 0) for k in sorted(keys)})
 
     def to_json(self) -> dict[str, Any]:
@@ -102,18 +113,36 @@ class Tally:
         return cls(**{**value, "totals": Totals.from_json(value["totals"])})
 
     def report(self) -> dict[str, Any]:
-        """`rows`, `rows_without_signal` by reason, `coverage`, and the means of `Totals`."""
-        return {"rows": self.rows, "rows_without_signal": self.skipped,
-                "coverage": self.covered / self.supervised if self.supervised else 1.0, **self.totals.means()}
+        """`rows`, `rows_without_signal` by reason, `coverage`, `with_distribution` (another vocabulary: the share of
+        the supervised tokens that begin a group), and the means of `Totals`, over the teacher's tokens."""
+        share = lambda n: n / self.supervised if self.supervised else 1.0
+        return {"rows": self.rows, "rows_without_signal": self.skipped, "coverage": share(self.covered),
+                "with_distribution": share(self.begun), **self.totals.means()}
 
 
 class _Reader:
     """What the teacher reads of a store's rows, and how its signal goes back to them."""
 
-    def __init__(self, store: TraceStore, tok: Tokenizer, skip_long: bool, context: int) -> None:
-        self.store, self.tok, self.skip_long, self.context = store, tok, skip_long, context
-        self.stored = store.header.tokenizer.get("hash") == tok.hash and store.header.template == template_id(tok)
-        self.mapping = None if self.stored else token_map(tok.info(), store.header.tokenizer)
+    def __init__(self, store: TraceStore, tok: Tokenizer, job: ScoreJob, context: int) -> None:
+        self.store, self.tok, self.skip_long, self.context = store, tok, job.skip_long, context
+        about = store.header.tokenizer
+        self.stored = about.get("hash") == tok.hash and store.header.template == template_id(tok)
+        self.student: Tokenizer | None = None  # of another vocabulary
+        self.prefix = job.across == "prefix"
+        if self.stored or about.get("base_hash") == tok.base_hash:
+            self.mapping = None if self.stored else token_map(tok.info(), about)
+            return
+        self.student = _student_tokenizer(store, job)
+        self.exact = self.mapping = byte_map(tok, self.student)
+        if self.prefix:
+            self.mapping = byte_map(tok, self.student, prefix=True)
+
+    @property
+    def attached(self) -> str:
+        """How the signal finds its tokens; part of its header."""
+        if self.stored or self.student is None:
+            return "tokens" if self.stored else "offsets"
+        return "groups/prefix" if self.prefix else "groups/match"
 
     def check(self) -> None:
         """Raises ValueError for a store that this teacher cannot score, before anything is written."""
@@ -124,10 +153,16 @@ class _Reader:
                                  f"{self.context} tokens (the longest has {self.store.lengths().max():,}); score the "
                                  "others with --skip-long, or use a teacher with a longer context")
             return
-        sample = np.unique(np.linspace(0, len(self.store) - 1, min(SAMPLE, len(self.store))).astype(int))
-        found = zip(self.store.read(sample), self.store.traces(sample))
-        require_coverage(align(row, target, self.mapping) for target, trace in found
-                         if (row := self._rendered(trace)) is not None)
+        sample = np.unique(np.linspace(0, len(self.store) - 1, min(SAMPLE, len(self.store))).astype(int)).tolist()
+        traces = list(self.store.traces(sample))
+        found = {number: self._align(row, target) for number, target, trace in zip(
+            sample, self.store.read(sample), traces) if (row := self._rendered(trace)) is not None}
+        if not found:
+            render(traces[0].replace(encoded=None), self.tok)  # says why
+        if self.student is None:
+            require_coverage(found.values())
+        else:
+            require_same_text(found, (self.tok.name, self.student.name))
 
     def shard(self, commit: Commit) -> Iterator["_Item"]:
         ids = np.arange(commit.first_row, commit.first_row + commit.rows)
@@ -144,7 +179,12 @@ class _Reader:
                 yield _Item(target=target, source=None, why="longer_than_context")
             else:
                 yield _Item(target=target, source=source,
-                            alignment=None if self.stored else align(source, target, self.mapping))
+                            alignment=None if self.stored else self._align(source, target))
+
+    def _align(self, source: Any, target: RowArrays) -> Alignment:
+        if self.student is None:
+            return align(source, target, self.mapping)
+        return cross_align(source, target, self.exact, (self.tok, self.student))
 
     def _rendered(self, trace: Trace) -> Any:
         """The trace as the teacher knows it, or None where its template cannot show it. Ids sampled by somebody else
@@ -158,7 +198,11 @@ class _Reader:
         """The signal of the stored row."""
         if signal is None:
             return blank(header, len(item.target))
-        return signal if item.alignment is None else gather(signal, item.alignment.index, self.mapping)
+        if item.alignment is None:
+            return signal
+        a = item.alignment
+        out = gather(signal, a.pairs if isinstance(signal, TokenRow) and a.pairs is not None else a.index, self.mapping)
+        return merged(out) if self.student is not None and self.prefix else out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +236,10 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
     if not len(store):
         raise ValueError(f"{store.url} has no rows to score; import or generate traces first")
     spec = SignalSpec.parse(job.signal)
-    reader = _Reader(store, tok, job.skip_long, model.config.context_length)
+    reader = _Reader(store, tok, job, model.config.context_length)
     if spec.kind == "hidden" and reader.mapping is not None:
-        raise ValueError("hidden states come with the teacher's head, whose ids are not those of the store's tokenizer "
-                         "(other added tokens); score topk or sampled, whose ids are translated")
+        raise ValueError("hidden states come with the teacher's head, whose ids are not those of the store's tokenizer; "
+                         "score topk or sampled, whose ids are translated")
     reader.check()
     scorer = Scorer(model, params, spec, batch_tokens=job.batch_tokens, on=job.on, real=tok.real, mesh=mesh)
     start, tokens, name = time.monotonic(), 0, job.signal_name
@@ -221,7 +265,7 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
 def _header(store: TraceStore, job: ScoreJob, spec: SignalSpec, reader: _Reader, teacher: Mapping[str, Any],
             scorer: Scorer) -> SignalHeader:
     """What the signal says of itself; a hidden one's head is stored on the way."""
-    params = {"attached": "tokens" if reader.stored else "offsets", "dtype": str(jnp.dtype(scorer.model.dtype)),
+    params = {"attached": reader.attached, "dtype": str(jnp.dtype(scorer.model.dtype)),
               "batch_tokens": job.batch_tokens, "skip_long": job.skip_long,
               "on": None if job.on is None else [r.name.lower() for r in job.on]}
     if spec.kind == "sampled":
@@ -256,7 +300,24 @@ def _score_shard(scorer: Scorer, reader: _Reader, items: Sequence[_Item], header
     aligned = [i.alignment for i in items if i.alignment is not None]
     return signals, Tally(totals=totals, rows=len(items), supervised=sum(a.supervised for a in aligned),
                           covered=sum(a.covered for a in aligned),
+                          begun=sum(a.covered if a.begun is None else a.begun for a in aligned),
                           skipped={why: reasons.count(why) for why in sorted(set(reasons))})
+
+
+def _student_tokenizer(store: TraceStore, job: ScoreJob) -> Tokenizer:
+    """The tokenizer of the stored rows. Raises ValueError when it cannot be loaded or is not the store's."""
+    about = store.header.tokenizer
+    name = job.student_tokenizer or str(about.get("name", ""))
+    try:
+        tok = load_tokenizer(name)
+    except ValueError as e:
+        raise ValueError(f"the teacher's vocabulary is not the store's ({about.get('name')}): their tokens are "
+                         "attached by bytes, which takes the store's tokenizer too, and it cannot be loaded here "
+                         f"({e}). Give --student-tokenizer") from None
+    if tok.hash != about.get("hash"):
+        raise ValueError(f"tokenizer {name} (hash {tok.hash}) did not make this store: it was made with "
+                         f"{about.get('name')} (hash {about.get('hash')}). Give that one as --student-tokenizer")
+    return tok
 
 
 def _tally_key(name: str, commit: Commit) -> str:
