@@ -50,7 +50,7 @@ def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
         name = provider.model.removeprefix("stage:")
         for stage in recipe.stages:
             if stage.name == name and isinstance(stage, Stage):
-                trained = next(p for p in stage.providers.values() if p.trainable)
+                trained = next(p for p in stage.models.values() if p.trainable)
                 return model_config(recipe, trained)
     folder = Path(resolve(recipe, provider.model))
     for candidate in (folder / "config.json", folder / "model" / "config.json"):
@@ -68,14 +68,14 @@ PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
 
 def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:
     """Memory, FLOPs and time of a training stage on `devices` devices of one kind."""
-    configs = {name: model_config(recipe, p) for name, p in stage.providers.items()}
+    configs = {name: model_config(recipe, p) for name, p in stage.models.items()}
     source = stage.source
     rows, length = source.rows, source.seq_len
     tokens = rows * length
     shards, row_shards = _mesh_factors(recipe, devices)
     flops = 0.0
     memory: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for name, provider in stage.providers.items():
+    for name, provider in stage.models.items():
         c = configs[name]
         n = c.num_params / shards
         compute = 2 if provider.precision == "bfloat16" else 4
@@ -89,7 +89,7 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
                                      trainable=provider.trainable)
     memory["batch"] = tokens / row_shards * (7 * 4 + sum(_signal_bytes(s) for s in source.signals) * 4)
-    student = next(configs[n] for n, p in stage.providers.items() if p.trainable)
+    student = next(configs[n] for n, p in stage.models.items() if p.trainable)
     return StagePlan(
         name=stage.name, tokens_per_step=tokens, steps=stage.steps, memory=memory, flops=flops,
         params={n: c.num_params for n, c in configs.items()},

@@ -23,12 +23,16 @@ class Labels:
     ids: Array
 
 
-@_pytree("logits")
+@_pytree("logits", "labels")
 @dataclass(frozen=True)
 class Full:
-    """A whole teacher distribution. logits float32 [N,V]; V may differ from the student's (padded heads)."""
+    """A whole teacher distribution. logits float32 [N,V]; V may differ from the student's (padded heads).
+
+    labels int32 [N]: the token that stands there, for losses that ask whether the teacher has it right (None: unknown).
+    """
 
     logits: Array
+    labels: Array | None = None
 
 
 @_pytree("ids", "logprobs", meta=("grad_dtype",))

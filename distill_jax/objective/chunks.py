@@ -248,7 +248,7 @@ def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: 
             return SampledTarget(signal.ids, signal.weights, compute_dtype)
         assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
         return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype)
-    return Full(jax.lax.stop_gradient(logits[name]))
+    return Full(jax.lax.stop_gradient(logits[name]), fields.tokens)
 
 
 def chunk_size(count: int, chunk: int) -> int:

@@ -63,11 +63,11 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     active = jnp.zeros(tokens.shape, bool)
     for name in terms:
         active |= (weights[name] != 0) | (masks[name] != 0)
-    fields = _shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used}))
+    fields = shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used}))
     dynamic = {name: {k: stop(v) for k, v in t.dynamic.items()} for name, t in terms.items()}
     total, values = _lifted(terms, {s: _dtypes(x) for s, x in sources.items()}, mesh, chunk)(sources, fields, dynamic)
     roles = jnp.zeros(tokens.shape, jnp.int32) if roles is None else roles
-    return total, {t: by_role(_unshift(stop(v)), masks[t], roles) for t, v in values.items()}
+    return total, {t: by_role(unshift(stop(v)), masks[t], roles) for t, v in values.items()}
 
 
 def lift_tokens(hidden: Array, head: Head, tokens: Array, *, mask: Array | None = None, mesh: Mesh | None = None,
@@ -119,7 +119,7 @@ def _token_values(dtypes: Any, mesh: Mesh | None, chunk: int) -> Any:
     losses = {"logprob": log_prob, "entropy": entropy}
 
     def evaluate(source: Any, tokens: Array, active: Array, weights: dict[str, Array], wanted: Wanted) -> Result:
-        fields = _shift(Fields(tokens, weights, active, {}))
+        fields = shift(Fields(tokens, weights, active, {}))
         return run({n: RowTerm(loss=losses[n], source="it") for n in weights}, {"it": source[0]}, {"it": source[1]},
                    fields, {"it": wanted} if wanted else {}, mesh=mesh, chunk=chunk)
 
@@ -127,7 +127,7 @@ def _token_values(dtypes: Any, mesh: Mesh | None, chunk: int) -> Any:
     def values(source: Any, tokens: Array, active: Array) -> dict[str, Array]:
         none = jnp.zeros(tokens.shape, jnp.float32)
         out = evaluate(source, tokens, active, dict.fromkeys(losses, none), Wanted())
-        return {n: _unshift(v) for n, v in out.values.items()}
+        return {n: unshift(v) for n, v in out.values.items()}
 
     def forward(source: Any, tokens: Any, active: Any) -> Any:
         wanted = _wanted(source)
@@ -184,13 +184,14 @@ def _map(fn: Any, grads: dict[str, Any], dtypes: Mapping[str, tuple[Any, Any, An
     return out
 
 
-def _shift(fields: Fields) -> Fields:
-    """Fields of token t+1 at index t, beside the hidden state that predicts it; zero (inactive) at the last index."""
+def shift(fields: Any) -> Any:
+    """Fields [B,T,...] of token t+1 at index t, beside the state that predicts it; zero at the last index."""
     left = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
-    return jax.tree.map(left, fields)
+    return jax.tree.map(lambda x: left(jnp.asarray(x)), fields)
 
 
-def _unshift(values: Array) -> Array:
+def unshift(values: Array) -> Array:
+    """Values [B,T] at the states back at the tokens these predict; zero at the first."""
     return jnp.concatenate([jnp.zeros_like(values[:, :1]), values[:, :-1]], axis=1)
 
 
