@@ -18,14 +18,14 @@ from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
-from distill_jax.models.projectors import CrossAttention, LinearProjector, ProjectorModel
 from distill_jax.models.transformer import Transformer
 from distill_jax.objective.reduce import means
 from distill_jax.objective.term import Term, build_objective
-from distill_jax.recipe import AnyProjector, Projector, Stage, Student
+from distill_jax.recipe import Stage, Student
 from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.feed import place_global
@@ -66,16 +66,6 @@ def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider
     return Provider(model=model, params=params, tokenizer=tokenizer, spec=student)
 
 
-def open_projector(spec: AnyProjector, models: Mapping[str, Transformer]) -> ProjectorModel:
-    """The projector of a spec, sized for the models it stands between."""
-    first, second = (models[name].config.hidden_size for name in spec.models)
-    if isinstance(spec, Projector):
-        return LinearProjector(source=f"{spec.reads}/{spec.view}", like=spec.like, layers=tuple(spec.layers),
-                               width_in=first, width_out=second, bias=spec.bias)
-    return CrossAttention(student=f"{spec.student}/{spec.student_view}", teacher=f"{spec.teacher}/{spec.teacher_view}",
-                          student_width=first, teacher_width=second, on=tuple(spec.on))
-
-
 def init_params(model: Transformer, mesh: Mesh, seed: int) -> Any:
     """Random float32 parameters, created where they live on the mesh."""
     tokens = jnp.zeros((1, 8), jnp.int32)
@@ -98,7 +88,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     mesh = make_mesh(data=shape.data, fsdp=shape.fsdp, tensor=shape.tensor)
     providers = {n: open_provider(p, context, mesh) for n, p in stage.models.items()}
     models = {n: p.model for n, p in providers.items()}
-    projectors = {n: open_projector(p, models) for n, p in stage.projectors.items()}
+    configs = {n: m.config for n, m in models.items()}
+    projectors = {n: open_projector(p, configs) for n, p in stage.projectors.items()}
     student = next(p for p in providers.values() if p.spec.trainable)
     source = open_source(resolved(stage.source, context), student.tokenizer, seed=context.seed)
     if source.seq_len > student.model.config.context_length:
@@ -112,7 +103,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         write_model_files(context.folder / "model", student)
     trained = {n: p.params for n, p in providers.items() if p.spec.trainable}
     frozen = {n: p.params for n, p in providers.items() if not p.spec.trainable}
-    flops = {n: Flops.of(p.model.config, trained=n in trained) for n, p in providers.items()}
+    flops = {n: Flops.of(c, trained=n in trained) for n, c in configs.items()}
     trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
     specs = {n: stage.projectors[n].optim or stage.optim if n in projectors else stage.optim for n in trained}
     optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
@@ -133,7 +124,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     result = {"steps": stage.steps, "flops": total_flops(source, config, stage.steps),
               "skipped": int(fitted.state.skipped),
-              "params": {n: p.model.config.num_params for n, p in providers.items()}}
+              "params": {n: c.num_params for n, c in configs.items()}}
     return result | ({"heldout": heldout.values} if stage.heldout else {})
 
 

@@ -122,6 +122,19 @@ def test_sinkhorn_by_hand():
     np.testing.assert_allclose(2 * sinkhorn_distance(P, Q), 0.802967, rtol=1e-5)
 
 
+def test_sinkhorn_is_the_published_loop():
+    """`loss.py` of 2018cx/SinKD in NumPy: exp, then rows and columns divided by their sums, 20 times."""
+    rng = np.random.default_rng(7)
+    p, q = (rng.dirichlet(np.ones(9), 5) for _ in range(2))
+    cost = np.abs(p[:, None] - q[None]).sum(-1)
+    plan = np.exp(-cost / 0.1)
+    for _ in range(20):
+        plan /= plan.sum(1, keepdims=True)
+        plan /= plan.sum(0, keepdims=True)
+    got = 5 * sinkhorn_distance(p.astype(np.float32), q.astype(np.float32))
+    np.testing.assert_allclose(got, np.sum(plan * cost), rtol=1e-4)
+
+
 def test_sinkhorn_is_blind_to_pairing_and_absent_points():
     rng = np.random.default_rng(0)
     p, q = (rng.dirichlet(np.ones(5), 6).astype(np.float32) for _ in range(2))
