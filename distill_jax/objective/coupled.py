@@ -95,7 +95,7 @@ class CoupledTerm:
     @property
     def states(self) -> dict[str, tuple[Layer, ...]]:
         """{"<provider>/<view>": layers it reads of them}."""
-        out = {self.student: tuple(pair[0] for pair in self.layers)}
+        out: dict[str, tuple[Layer, ...]] = {self.student: tuple(pair[0] for pair in self.layers)}
         if not self.signal:
             out[self.target] = out.get(self.target, ()) + tuple(pair[1] for pair in self.layers)
         return out

@@ -204,15 +204,17 @@ def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:
 
 
 def batch_metrics(config: StepConfig, batch: Batch, weights: Weights) -> Metrics:
-    """Counts of a global batch: "tokens" (no padding), "supervised", "flops", "retained" {signal: (sum, count)}."""
-    shape = batch.main.tokens.shape
-    predicted = jnp.zeros(shape, bool)
-    for mask in weights.masks.values():  # terms on other views have masks of other shapes
-        predicted = predicted | (mask != 0) if mask.shape == shape else predicted
+    """Counts of a global batch: "tokens" (no padding) and "supervised" of view `main`, "flops" of every run of a model,
+    "retained" {signal: (sum, count)}."""
+    asked = {view: jnp.zeros(stream.tokens.shape, bool) for view, stream in batch.views.items()}
+    for name, mask in weights.masks.items():
+        view = config.objective.terms[name].view
+        asked[view] = asked[view] | (mask != 0)
+    predicted = asked["main"]
     out: Metrics = {"tokens": jnp.sum(batch.main.segment_ids != 0), "supervised": jnp.sum(predicted)}
     if config.flops:
-        runs = [(provider_of(s), batch.views[s.split("/")[1]]) for s in config.runs]
-        out["flops"] = sum((config.flops[p].count(view, predicted) for p, view in runs if p in config.flops),
+        runs = [(provider_of(s), s.split("/")[1]) for s in config.runs]
+        out["flops"] = sum((config.flops[p].count(batch.views[v], asked[v]) for p, v in runs if p in config.flops),
                            jnp.float32(0))
     out["retained"] = {}
     for name, signal in batch.signals.items():

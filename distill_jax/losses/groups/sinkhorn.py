@@ -46,13 +46,13 @@ def sinkhorn_distance(p: Array, q: Array, *, eps: float = 0.1, iterations: int =
     leaves points out on both sides. Gradients flow through W and P to p only. Permuting p or q changes nothing, so
     a term that pairs the tokens must stand beside it.
     """
-    present = jnp.ones(p.shape[0], bool) if present is None else present
+    there: Any = jnp.ones(p.shape[0], bool) if present is None else present
     cost = l1_distances(p, jax.lax.stop_gradient(q))
-    allowed = present[:, None] & present[None, :]
+    allowed = there[:, None] & there[None, :]
     log_one = jnp.zeros(p.shape[0], cost.dtype)
     log_p = log_plan(cost, log_one, log_one, eps=eps, iterations=iterations, allowed=allowed)
     moved = jnp.sum(jnp.where(allowed, jnp.exp(log_p) * cost, 0.0))
-    return moved / jnp.maximum(jnp.sum(present.astype(cost.dtype)), 1.0)
+    return moved / jnp.maximum(jnp.sum(there.astype(cost.dtype)), 1.0)
 
 
 def l1_distances(p: Array, q: Array) -> Array:
