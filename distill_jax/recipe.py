@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill_jax.core import spec
+from distill_jax.core.batch import Stream
+from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.data.source_specs import Source
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
+from distill_jax.objective.coupled import CoupledTerm, Layer
 from distill_jax.objective.term import Term
 from distill_jax.train.optim import AdamW
 
@@ -59,6 +62,59 @@ def Frozen(model: str, **kwargs: Any) -> Student:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Projector:
+    """A trained linear map of a model's states into another model's space, where it predicts with that one's head.
+
+    Terms name it like a model: `student="t2s/main"`.
+
+    reads   provider whose states of `view` it maps
+    like    provider whose width and head it takes; the head is a constant
+    layers  which states: "final", "embedding" or layer numbers; each has a map of its own
+    optim   its own optimiser; None: the stage's
+    """
+
+    reads: str
+    like: str
+    view: str = "main"
+    layers: tuple[Layer, ...] = ("final",)
+    bias: bool = True
+    optim: AdamW | None = None
+    init_seed: int = 0
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The providers it stands between."""
+        return self.reads, self.like
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModelAttention:
+    """DSKD's cross-model attention (`models.projectors.CrossAttention`), trained: the teacher's states at the
+    student's positions, and the other way round. Terms name its fields: `"cma.t2s/main"` and `"cma.s2t/main"`.
+
+    student_view, teacher_view  may be two tokenisations; rows and segment numbers must be the same documents
+    on                          roles of the tokens that take part
+    optim                       its own optimiser; None: the stage's
+    """
+
+    student: str = "student"
+    teacher: str = "teacher"
+    student_view: str = "main"
+    teacher_view: str = "main"
+    on: tuple[Role, ...] = SUPERVISED
+    optim: AdamW | None = None
+    init_seed: int = 0
+
+    @property
+    def models(self) -> tuple[str, str]:
+        """The providers it stands between."""
+        return self.student, self.teacher
+
+
+AnyProjector = Projector | CrossModelAttention
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshShape:
     """Devices along each axis; -1 takes what is left. The product must be the number of devices."""
 
@@ -79,14 +135,18 @@ class Saving:
 class Stage:
     """Training: batches of `source` through `providers`, the sum of `terms`, `optim` for `steps` updates.
 
-    micro_batches  gradient accumulation; does not change the gradient
+    providers      models, and trained projectors between them
+    views          further views made of the batch's `main` view by functions of `data.views`
+    micro_batches  gradient accumulation; does not change the gradient (but see `objective.coupled` for what couples
+                   rows)
     heldout        rows of the source's held-out split on which the loss is reported at the end (0: none)
     """
 
     name: str = "train"
     source: Source
-    providers: Mapping[str, Student]
-    terms: Mapping[str, Term]
+    providers: Mapping[str, Student | AnyProjector]
+    terms: Mapping[str, Term | CoupledTerm]
+    views: Mapping[str, Callable[[Stream], Stream]] = field(default_factory=dict)
     optim: AdamW = AdamW()
     steps: int = 1000
     micro_batches: int = 1
@@ -97,8 +157,22 @@ class Stage:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not any(p.trainable for p in self.providers.values()):
-            raise ValueError(f"stage {self.name!r} trains nothing: no provider has trainable=True")
+        if not any(p.trainable for p in self.models.values()):
+            raise ValueError(f"stage {self.name!r} trains no model: no provider has trainable=True")
+        for name, projector in self.projectors.items():
+            if missing := sorted(set(projector.models) - set(self.models)):
+                raise ValueError(f"provider {name!r} of stage {self.name!r} maps between {list(projector.models)}, and "
+                                 f"there is no model {missing}; models: {sorted(self.models)}")
+
+    @property
+    def models(self) -> dict[str, Student]:
+        """The providers that read tokens."""
+        return {n: p for n, p in self.providers.items() if isinstance(p, Student)}
+
+    @property
+    def projectors(self) -> dict[str, AnyProjector]:
+        """The providers that read other providers' states."""
+        return {n: p for n, p in self.providers.items() if not isinstance(p, Student)}
 
 
 @dataclass(frozen=True, kw_only=True)

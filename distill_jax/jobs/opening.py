@@ -72,10 +72,10 @@ def _of_recipe(recipe: Recipe, name: str | None, tokenizer: str | None) -> Feed:
     if chosen is None:
         raise ValueError(f"recipe {recipe.name!r} has no training stage {name or ''!r}; it has "
                          f"{[s.name for s in stages]}")
-    student = next(p for p in chosen.providers.values() if p.trainable)
-    teachers = {n: p for n, p in chosen.providers.items() if not p.trainable}
+    student = next(p for p in chosen.models.values() if p.trainable)
+    teachers = {n: p for n, p in chosen.models.items() if not p.trainable}
     source = map_stores(chosen.source, lambda s: dataclasses.replace(s, path=resolve(recipe, s.path)))
-    heads = {n: v for n, p in chosen.providers.items() if (v := _vocabulary(recipe, p)) is not None}
+    heads = {n: v for n, p in chosen.models.items() if (v := _vocabulary(recipe, p)) is not None}
     return Feed(source=source, seed=recipe.seed, vocabularies=heads,
                 tokenizer=load_tokenizer(tokenizer) if tokenizer else _tokenizer(recipe, student),
                 teachers={n: _tokenizer(recipe, p) for n, p in teachers.items()})

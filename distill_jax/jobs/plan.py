@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from distill_jax.core import tree
 from distill_jax.data.source_specs import stores
 from distill_jax.jobs.hardware import Device
+from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import hub_config
 from distill_jax.models import families
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.memory import lift_bytes
-from distill_jax.recipe import Recipe, Stage, Student, resolve
+from distill_jax.recipe import AnyProjector, Recipe, Stage, Student, resolve
 
 SIGNAL_BYTES = {"token": 1.0}  # per token; topk: see `_signal_bytes`
 
@@ -50,7 +54,7 @@ def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
         name = provider.model.removeprefix("stage:")
         for stage in recipe.stages:
             if stage.name == name and isinstance(stage, Stage):
-                trained = next(p for p in stage.providers.values() if p.trainable)
+                trained = next(p for p in stage.models.values() if p.trainable)
                 return model_config(recipe, trained)
     folder = Path(resolve(recipe, provider.model))
     for candidate in (folder / "config.json", folder / "model" / "config.json"):
@@ -68,14 +72,14 @@ PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
 
 def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:
     """Memory, FLOPs and time of a training stage on `devices` devices of one kind."""
-    configs = {name: model_config(recipe, p) for name, p in stage.providers.items()}
+    configs = {name: model_config(recipe, p) for name, p in stage.models.items()}
     source = stage.source
     rows, length = source.rows, source.seq_len
     tokens = rows * length
     shards, row_shards = _mesh_factors(recipe, devices)
     flops = 0.0
     memory: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for name, provider in stage.providers.items():
+    for name, provider in stage.models.items():
         c = configs[name]
         n = c.num_params / shards
         compute = 2 if provider.precision == "bfloat16" else 4
@@ -88,14 +92,23 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         memory["activations"] += local * _activation_bytes(c, provider, compute)
         memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
                                      trainable=provider.trainable)
+    sizes = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
+    for n in sizes.values():  # whole on every device, in float32
+        memory["parameters"] += 4 * n
+        memory["optimiser"] += 8 * n
+        memory["gradients"] += 4 * n
     memory["batch"] = tokens / row_shards * (7 * 4 + sum(_signal_bytes(s) for s in source.signals) * 4)
-    student = next(configs[n] for n, p in stage.providers.items() if p.trainable)
+    student = next(configs[n] for n, p in stage.models.items() if p.trainable)
     return StagePlan(
         name=stage.name, tokens_per_step=tokens, steps=stage.steps, memory=memory, flops=flops,
-        params={n: c.num_params for n, c in configs.items()},
+        params={n: c.num_params for n, c in configs.items()} | sizes,
         seconds=stage.steps * flops / (device.flops * device.mfu * devices),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
         notes=_notes(configs, length))
+
+
+def _projector_params(spec: AnyProjector, configs: Mapping[str, ModelConfig]) -> int:
+    return tree.count(jax.eval_shape(open_projector(spec, configs).init, jax.random.key(0)))
 
 
 def _mesh_factors(recipe: Recipe, devices: int) -> tuple[int, int]:

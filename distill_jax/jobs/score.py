@@ -238,7 +238,7 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
     spec = SignalSpec.parse(job.signal)
     reader = _Reader(store, tok, job, model.config.context_length)
     if spec.kind == "hidden" and reader.mapping is not None:
-        raise ValueError("hidden states come with the teacher's head, whose ids are not those of the store's tokenizer; "
+        raise ValueError("hidden states come with the teacher's head, whose ids are not those of the store: "
                          "score topk or sampled, whose ids are translated")
     reader.check()
     scorer = Scorer(model, params, spec, batch_tokens=job.batch_tokens, on=job.on, real=tok.real, mesh=mesh)

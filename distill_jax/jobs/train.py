@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
@@ -32,8 +33,9 @@ from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import Evaluation, Run, fit
+from distill_jax.train.sources import provider_of
 from distill_jax.train.state import create_state
-from distill_jax.train.step import StepConfig, stored_sources
+from distill_jax.train.step import StepConfig, make_evaluation, with_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,10 @@ def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider
 def init_params(model: Transformer, mesh: Mesh, seed: int) -> Any:
     """Random float32 parameters, created where they live on the mesh."""
     tokens = jnp.zeros((1, 8), jnp.int32)
-    make = lambda rng: model.init(rng, tokens)["params"]
+    return _init(lambda rng: model.init(rng, tokens)["params"], mesh, seed)
+
+
+def _init(make: Callable[[Any], Any], mesh: Mesh, seed: int) -> Any:
     shapes = jax.eval_shape(make, jax.random.key(0))
     return jax.jit(make, out_shardings=param_shardings(mesh, shapes))(jax.random.key(seed))
 
@@ -83,7 +88,10 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     """Run one training stage to its end. Raises `Stopped` after SIGTERM or Ctrl-C, with everything saved."""
     shape = context.recipe.mesh
     mesh = make_mesh(data=shape.data, fsdp=shape.fsdp, tensor=shape.tensor)
-    providers = {n: open_provider(p, context, mesh) for n, p in stage.providers.items()}
+    providers = {n: open_provider(p, context, mesh) for n, p in stage.models.items()}
+    models = {n: p.model for n, p in providers.items()}
+    configs = {n: m.config for n, m in models.items()}
+    projectors = {n: open_projector(p, configs) for n, p in stage.projectors.items()}
     student = next(p for p in providers.values() if p.spec.trainable)
     source = open_source(resolved(stage.source, context), student.tokenizer, seed=context.seed)
     if source.seq_len > student.model.config.context_length:
@@ -95,30 +103,31 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
                          "source.signals after `distill-jax score`")
     if jax.process_index() == 0:
         write_model_files(context.folder / "model", student)
-    trained = {n: p for n, p in providers.items() if p.spec.trainable}
-    frozen = {n: p for n, p in providers.items() if not p.spec.trainable}
-    optimizers = {n: stage.optim.build(stage.steps) for n in trained}
-    flops = {n: Flops.of(p.model.config, trained=n in trained) for n, p in providers.items()}
-    config = StepConfig(objective=objective, models={n: p.model for n, p in providers.items()}, mesh=mesh,
+    trained = {n: p.params for n, p in providers.items() if p.spec.trainable}
+    frozen = {n: p.params for n, p in providers.items() if not p.spec.trainable}
+    frozen |= stored_heads(source, objective.signals, student, mesh)
+    flops = {n: Flops.of(c, trained=n in trained) for n, c in configs.items()}
+    trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
+    specs = {n: stage.projectors[n].optim or stage.optim if n in projectors else stage.optim for n in trained}
+    optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
+    config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.views, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
-                        schedules={n: stage.optim.schedule(stage.steps) for n in trained})
-    state = create_state({n: p.params for n, p in trained.items()}, optimizers, mesh=mesh, seed=context.seed,
-                         controllers=objective.init())
+                        schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
+    state = create_state(trained, optimizers, mesh=mesh, seed=context.seed, controllers=objective.init())
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
-    frozen_params = {n: p.params for n, p in frozen.items()} | stored_heads(source, objective.signals, student, mesh)
     evaluations = {}
     if stage.heldout:
-        heldout = Heldout(stage, context, providers, frozen_params, mesh)
+        heldout = Heldout(stage, context, config, frozen, student.tokenizer)
         evaluations["heldout"] = Evaluation(fn=heldout)
     with jax.set_mesh(mesh):
-        fitted = fit(config, state, source, run, frozen=frozen_params, evaluations=evaluations,
+        fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations,
                      check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
-    result = {"steps": stage.steps, "flops": total_flops(source, flops, stage.steps),
+    result = {"steps": stage.steps, "flops": total_flops(source, config, stage.steps),
               "skipped": int(fitted.state.skipped),
-              "params": {n: p.model.config.num_params for n, p in providers.items()}}
+              "params": {n: c.num_params for n, c in configs.items()}}
     return result | ({"heldout": heldout.values} if stage.heldout else {})
 
 
@@ -153,11 +162,12 @@ def write_model_files(folder: Path, student: Provider) -> None:
     student.tokenizer.save(folder)
 
 
-def total_flops(source: Any, flops: Mapping[str, Flops], steps: int, sample: int = 16) -> float:
+def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -> float:
     """Model FLOPs of the whole stage: the mean over batches spread evenly over it, times the number of updates."""
     def one(i: int) -> float:
-        stream = source.batch(i).main
-        return sum(float(f.count(stream, stream.weights > 0)) for f in flops.values())
+        batch = with_views(config, source.batch(i))
+        runs = [(config.flops[provider_of(s)], batch.views[s.split("/")[1]]) for s in config.runs]
+        return sum(float(f.count(stream, stream.weights > 0)) for f, stream in runs)
 
     n = min(sample, steps)
     return sum(one(i * steps // n) for i in range(n)) / n * steps
@@ -166,40 +176,24 @@ def total_flops(source: Any, flops: Mapping[str, Flops], steps: int, sample: int
 class Heldout:
     """Means of every term and of plain cross-entropy over the held-out split, as a callback of the loop."""
 
-    def __init__(self, stage: Stage, context: RunContext, providers: Mapping[str, Provider],
-                 frozen: Mapping[str, Any], mesh: Mesh) -> None:
+    def __init__(self, stage: Stage, context: RunContext, config: StepConfig, frozen: Mapping[str, Any],
+                 tokenizer: Tokenizer) -> None:
         if not isinstance(stage.source, Store):
             raise ValueError(f"heldout needs a single Store as source, got a {type(stage.source).__name__}")
         where = dataclasses.replace(resolved(stage.source, context), split="heldout")
-        tokenizer = next(p for p in providers.values() if p.spec.trainable).tokenizer
         self.source = open_source(where, tokenizer, seed=context.seed)
         self.batches = -(-stage.heldout // where.rows)
-        self.frozen, self.mesh, self.step = frozen, mesh, jnp.int32(stage.steps)
-        self.objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)})
-        self.models = {n: p.model for n, p in providers.items()}
+        self.frozen, self.mesh, self.step = frozen, config.mesh, jnp.int32(stage.steps)
+        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)})
+        self.controllers = objective.init()
         self.values: dict[str, float] = {}
-        self._sums = jax.jit(self._batch_sums)
-
-    def _batch_sums(self, params: Any, batch: Any) -> Any:
-        objective, sources = self.objective, {}
-        controllers = objective.init()
-        weights = objective.weights(batch, self.step, controllers)
-        for name in objective.sources:
-            provider, view = name.split("/")
-            model, stream = self.models[provider], batch.views[view]
-            out: Any = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
-                                   method="hidden")
-            sources[name] = (out.hidden, model.head(params[provider]))
-        sources |= stored_sources(params, batch)
-        mesh = self.mesh if self.mesh.size > 1 else None
-        return objective.loss(sources, batch, weights, objective.dynamic(self.step, controllers), trainable=(),
-                              mesh=mesh)[1]
+        self._sums = make_evaluation(dataclasses.replace(config, objective=objective))
 
     def __call__(self, params: Mapping[str, Any], step: int) -> Mapping[str, float]:
         total = None
         for i in range(self.batches):
             batch = place_global(self.source.batch(i), self.mesh)
-            got = jax.device_get(self._sums({**self.frozen, **params}, batch))
+            got = jax.device_get(self._sums(params, self.frozen, batch, self.step, self.controllers))
             total = got if total is None else jax.tree.map(np.add, total, got)
         assert total is not None
         self.values = {name: float(v) for name, v in means(total).items() if "/" not in name or float(v)}

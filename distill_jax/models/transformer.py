@@ -141,6 +141,10 @@ class Transformer(nn.Module):
         return Hidden(hidden=self.final_norm(state.x), cache=cache,
                       taps=() if state.taps is None else tuple(state.taps[i] for i in range(len(taps))))
 
+    def embedding(self, tokens: Array) -> Array:
+        """[B,T,D] what the first layer reads of each token; `method="embedding"`."""
+        return self.embed(tokens)
+
     def _shared(self, shape: tuple[int, ...], positions: Array | None, segment_ids: Array | None,
                 cache: Cache | None, taps: Sequence[int]) -> tuple[Shared, Array | None]:
         """-> what all layers see, and the cache's new lengths."""

@@ -65,12 +65,12 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     active = jnp.zeros(tokens.shape, bool)
     for name in terms:
         active |= (weights[name] != 0) | (masks[name] != 0)
-    fields = _shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used
+    fields = shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used
                                                      if f"signals/{s}" not in sources}))
     dynamic = {name: {k: stop(v) for k, v in t.dynamic.items()} for name, t in terms.items()}
     total, values = _lifted(terms, {s: _dtypes(x) for s, x in sources.items()}, mesh, chunk)(sources, fields, dynamic)
     roles = jnp.zeros(tokens.shape, jnp.int32) if roles is None else roles
-    return total, {t: by_role(_unshift(stop(v)), masks[t], roles) for t, v in values.items()}
+    return total, {t: by_role(unshift(stop(v)), masks[t], roles) for t, v in values.items()}
 
 
 def lift_tokens(hidden: Array, head: Head, tokens: Array, *, mask: Array | None = None, mesh: Mesh | None = None,
@@ -122,7 +122,7 @@ def _token_values(dtypes: Any, mesh: Mesh | None, chunk: int) -> Any:
     losses = {"logprob": log_prob, "entropy": entropy}
 
     def evaluate(source: Any, tokens: Array, active: Array, weights: dict[str, Array], wanted: Wanted) -> Result:
-        fields = _shift(Fields(tokens, weights, active, {}))
+        fields = shift(Fields(tokens, weights, active, {}))
         return run({n: RowTerm(loss=losses[n], source="it") for n in weights}, {"it": source[0]}, {"it": source[1]},
                    fields, {"it": wanted} if wanted else {}, mesh=mesh, chunk=chunk)
 
@@ -130,7 +130,7 @@ def _token_values(dtypes: Any, mesh: Mesh | None, chunk: int) -> Any:
     def values(source: Any, tokens: Array, active: Array) -> dict[str, Array]:
         none = jnp.zeros(tokens.shape, jnp.float32)
         out = evaluate(source, tokens, active, dict.fromkeys(losses, none), Wanted())
-        return {n: _unshift(v) for n, v in out.values.items()}
+        return {n: unshift(v) for n, v in out.values.items()}
 
     def forward(source: Any, tokens: Any, active: Any) -> Any:
         wanted = _wanted(source)
@@ -187,10 +187,10 @@ def _map(fn: Any, grads: dict[str, Any], dtypes: Mapping[str, tuple[Any, Any, An
     return out
 
 
-def _shift(fields: Any) -> Any:
-    """Fields of token t+1 at index t, beside the hidden state that predicts it; zero (inactive) at the last index."""
+def shift(fields: Any) -> Any:
+    """Fields [B,T,...] of token t+1 at index t, beside the state that predicts it; zero at the last index."""
     left = lambda x: jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
-    return jax.tree.map(left, fields)
+    return jax.tree.map(lambda x: left(jnp.asarray(x)), fields)
 
 
 def _predicting(hidden: Any, sources: Mapping[str, Any]) -> Array:
@@ -199,11 +199,12 @@ def _predicting(hidden: Any, sources: Mapping[str, Any]) -> Array:
     if not isinstance(hidden, HiddenStates):
         return hidden
     dtype = next(x.dtype for x, _ in sources.values() if not isinstance(x, HiddenStates))
-    states, scales = (_shift(x) for x in (hidden.states, hidden.scales))
+    states, scales = (shift(x) for x in (hidden.states, hidden.scales))
     return jnp.where(scales[..., None] > 0, states.astype(jnp.float32) * scales[..., None], 0.0).astype(dtype)
 
 
-def _unshift(values: Array) -> Array:
+def unshift(values: Array) -> Array:
+    """Values [B,T] at the states back at the tokens these predict; zero at the first."""
     return jnp.concatenate([jnp.zeros_like(values[:, :1]), values[:, :-1]], axis=1)
 
 

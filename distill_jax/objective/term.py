@@ -26,8 +26,9 @@ from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import OWN, Controller
+from distill_jax.objective.coupled import CoupledTerm, Given, Layer, check_coupled, coupled_values
 from distill_jax.objective.lift import CHUNK, lift_sum
-from distill_jax.objective.reduce import RoleSums, means
+from distill_jax.objective.reduce import RoleSums, by_role, means
 
 Array = Any
 Controllers = dict[str, Any]
@@ -71,6 +72,15 @@ class Term:
     def view(self) -> str:
         return self.student.split("/")[1]
 
+    @property
+    def states(self) -> dict[str, tuple[Layer, ...]]:
+        """{"<provider>/<view>": layers it reads of them}."""
+        teacher = () if self.target == "tokens" or _signal(self.target) else (self.target,)
+        return dict.fromkeys((self.student, *teacher), ("final",))
+
+
+AnyTerm = Term | CoupledTerm
+
 
 class Weights(NamedTuple):
     """Everything per token that multiplies a term. Leaves f32 [B,T]: slice them by rows like the batch.
@@ -87,14 +97,21 @@ class Weights(NamedTuple):
 class Objective:
     """A sum of terms. Make one with `build_objective`."""
 
-    terms: Mapping[str, Term]
+    terms: Mapping[str, AnyTerm]
+
+    @property
+    def states(self) -> dict[str, tuple[Layer, ...]]:
+        """{"<provider>/<view>": layers of them} that `loss` needs."""
+        needed: dict[str, dict[Layer, None]] = {}
+        for term in self.terms.values():
+            for source, layers in term.states.items():
+                needed.setdefault(source, {}).update(dict.fromkeys(layers))
+        return {source: tuple(needed[source]) for source in sorted(needed)}
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Every "<provider>/<view>" whose hidden states `loss` needs."""
-        names = {t.student for t in self.terms.values()}
-        names |= {t.target for t in self.terms.values() if t.target != "tokens" and not _signal(t.target)}
-        return tuple(sorted(names))
+        """Every "<provider>/<view>" whose states `loss` needs."""
+        return tuple(self.states)
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -140,19 +157,30 @@ class Objective:
         return out
 
     def loss(self, sources: Mapping[str, tuple[Array, Head]], batch: Batch, weights: Weights,
-             dynamic: Mapping[str, Mapping[str, Array]] | None = None, *, trainable: tuple[str, ...] | None = None,
+             dynamic: Mapping[str, Mapping[str, Array]] | None = None, *,
+             layers: Mapping[str, Mapping[Layer, Array]] | None = None, trainable: tuple[str, ...] | None = None,
              mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[Array, dict[str, RoleSums]]:
         """(total, {term: RoleSums}) of these rows; `weights` are those rows of `self.weights(global batch)`.
 
-        sources {"student/main": (hidden [B,T,D], Head)} for every name in `self.sources`. `trainable` as in
-        `lift_sum`. Raises ValueError when a source or signal is missing.
+        sources {"student/main": (hidden [B,T,D], Head)} for every name in `self.sources`; `layers` further states of
+        them, {"student/main": {layer: [B,T,D]}}, as `self.states` says. `trainable` as in `lift_sum`. Raises
+        ValueError when a source, layer or signal is missing.
         """
-        missing = [s for s in self.sources if s not in sources]
+        missing = [s for s, needed in self.states.items() if "final" in needed and s not in sources]
         if missing:
             raise ValueError(f"the objective needs hidden states of {missing}; given: {sorted(sources)}")
         totals, metrics = [], {}
-        for view in sorted({t.view for t in self.terms.values()}):
-            terms = {n: _row_term(t, (dynamic or {}).get(n, {})) for n, t in self.terms.items() if t.view == view}
+        given = Given(sources, layers or {})
+        for name, term in self.terms.items():
+            if isinstance(term, CoupledTerm):
+                moving = _moving(term, (dynamic or {}).get(name, {}))
+                values = coupled_values(term, given, batch, moving, trainable=trainable, mesh=mesh)
+                totals.append(jnp.sum(jax.lax.stop_gradient(weights.weights[name]) * values))
+                metrics[name] = by_role(jax.lax.stop_gradient(values), weights.masks[name],
+                                        batch.views[term.view].roles)
+        rowwise = {n: t for n, t in self.terms.items() if isinstance(t, Term)}
+        for view in sorted({t.view for t in rowwise.values()}):
+            terms = {n: _row_term(t, (dynamic or {}).get(n, {})) for n, t in rowwise.items() if t.view == view}
             needed = {t.source for t in terms.values()} | {t.target for t in terms.values()}
             stream: Stream = batch.views[view]
             part, measured = lift_sum(
@@ -174,7 +202,7 @@ class Objective:
         return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
 
 
-def build_objective(terms: Mapping[str, Term]) -> Objective:
+def build_objective(terms: Mapping[str, AnyTerm]) -> Objective:
     """Check the terms against each other. Raises ValueError when there is none or a name cannot be used."""
     if not terms:
         raise ValueError("an objective needs at least one term")
@@ -183,7 +211,9 @@ def build_objective(terms: Mapping[str, Term]) -> Objective:
             raise ValueError(f"term name {name!r} cannot be used: no '/' or '.', and not {OWN!r}")
         if _signal(term.target) and term.view != "main":
             raise ValueError(f"term {name!r}: signals are aligned with view 'main', its student reads {term.view!r}")
-        if term.target != "tokens" and not _signal(term.target) and term.target.split("/")[1] != term.view:
+        if isinstance(term, CoupledTerm):
+            check_coupled(name, term)
+        elif term.target != "tokens" and not _signal(term.target) and term.target.split("/")[1] != term.view:
             raise ValueError(f"term {name!r} compares {term.student!r} with {term.target!r}, but the tokens of two "
                              "views differ; use one view on both sides")
     return Objective(dict(terms))
@@ -195,10 +225,15 @@ def _moves(value: Any) -> bool:
 
 def _row_term(term: Term, dynamic: Mapping[str, Array]) -> RowTerm:
     static = {k: v for k, v in term.kwargs.items() if not _moves(v)}
-    lacking = sorted(set(term.kwargs) - set(static) - set(dynamic))
-    if lacking:
+    return RowTerm(loss=term.loss, source=term.student, target=term.target, kwargs=static,
+                   dynamic=_moving(term, dynamic))
+
+
+def _moving(term: AnyTerm, dynamic: Mapping[str, Array]) -> Mapping[str, Array]:
+    """`dynamic`, checked to have a value for every keyword argument that is a schedule or controller."""
+    if lacking := sorted(k for k, v in term.kwargs.items() if _moves(v) and k not in dynamic):
         raise ValueError(f"no value for {lacking} of {term.loss.__name__}; pass Objective.dynamic(step, controllers)")
-    return RowTerm(loss=term.loss, source=term.student, target=term.target, kwargs=static, dynamic=dynamic)
+    return dynamic
 
 
 def _signal(target: str) -> str:

@@ -5,7 +5,7 @@ computed from the whole batch before the first micro-batch, so the gradient does
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import jax
@@ -14,11 +14,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core import tree
-from distill_jax.core.batch import Batch, TopK
+from distill_jax.core.batch import Batch, Stream, TopK
 from distill_jax.core.head import Head
+from distill_jax.models.projectors import ProjectorModel
 from distill_jax.objective.term import Objective, Weights
 from distill_jax.sharding import batch_spec
 from distill_jax.train.flops import Flops
+from distill_jax.train.sources import Made, make_sources, needed_states, provider_of, stored_sources
 from distill_jax.train.state import Optimizers, TrainState
 
 Array = Any
@@ -40,6 +42,8 @@ class StepConfig:
     """What a step is compiled for.
 
     models         {provider: model}; those with an optimiser are trained, the others stay as they are
+    projectors     {provider: projector}: trained maps between the models' spaces, run after them
+    views          {name: function of the `main` stream}: further views, made of the whole batch before it is cut up
     micro_batches  M: the rows of a batch are cut into this many parts, run one after another
     mesh           devices; rows are cut over its `data` and `fsdp` axes
     flops          {provider: FLOPs counter} for the MFU; empty: not reported
@@ -49,17 +53,27 @@ class StepConfig:
     objective: Objective
     models: Mapping[str, Model]
     optimizers: Optimizers = field(default_factory=dict)
+    projectors: Mapping[str, ProjectorModel] = field(default_factory=dict)
+    views: Mapping[str, Callable[[Stream], Stream]] = field(default_factory=dict)
     micro_batches: int = 1
     mesh: Mesh
     flops: Mapping[str, Flops] = field(default_factory=dict)
     schedules: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        providers = {s.split("/")[0] for s in self.objective.sources}
-        if missing := sorted((providers | set(self.optimizers)) - set(self.models)):
-            raise ValueError(f"terms or optimisers name providers {missing}; there are {sorted(self.models)}")
+        providers = {provider_of(s) for s in [*self.objective.sources, *self.runs]}
+        if missing := sorted((providers | set(self.optimizers)) - set(self.models) - set(self.projectors)):
+            raise ValueError(f"terms, projectors or optimisers name providers {missing}; there are "
+                             f"{sorted([*self.models, *self.projectors])}")
+        for source, layers in self.runs.items():
+            check_layers(source, self.models.get(provider_of(source)), tuple(layers))
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches must be at least 1, got {self.micro_batches}")
+
+    @property
+    def runs(self) -> dict[str, dict[Any, None]]:
+        """{"<model>/<view>": layers} that are run for the objective, whether a term or a projector reads them."""
+        return needed_states(self.objective.states, self.projectors)
 
     @property
     def lift_mesh(self) -> Mesh | None:
@@ -107,10 +121,11 @@ def make_evaluation(config: StepConfig) -> Callable[..., Tree]:
     """jitted `evaluate(params, frozen, batch, step, controllers) -> {term: RoleSums}` of one batch, no update."""
 
     def evaluate(params: Params, frozen: Params, batch: Batch, step: Array, controllers: dict[str, Tree]) -> Tree:
+        batch = with_views(config, batch)
         weights = config.objective.weights(batch, step, controllers)
-        sources = _sources(config, {**frozen, **params}, batch)
-        return config.objective.loss(sources, batch, weights, config.objective.dynamic(step, controllers),
-                                     trainable=(), mesh=config.lift_mesh)[1]
+        made = _made(config, {**frozen, **params}, batch)
+        return config.objective.loss(made.sources, batch, weights, config.objective.dynamic(step, controllers),
+                                     layers=made.layers, trainable=(), mesh=config.lift_mesh)[1]
 
     return _under(config.mesh, jax.jit(evaluate, out_shardings=NamedSharding(config.mesh, PartitionSpec())))
 
@@ -126,13 +141,15 @@ def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., t
 
     def gradient(params: Params, frozen: Params, batch: Batch, step: Array, controllers: dict[str, Tree],
                  ) -> tuple[dict[str, Tree], Metrics]:
+        batch = with_views(config, batch)
         weights, dynamic = objective.weights(batch, step, controllers), objective.dynamic(step, controllers)
 
         def part(rows: Batch, of_rows: Weights) -> tuple[dict[str, Tree], tuple[Array, Tree]]:
             def loss(params: Params) -> tuple[Array, Tree]:
-                sources = _sources(config, {**frozen, **params}, rows)
-                trainable = tuple(s for s in sources if s.split("/")[0] in trained)
-                return objective.loss(sources, rows, of_rows, dynamic, trainable=trainable, mesh=config.lift_mesh)
+                made = _made(config, {**frozen, **params}, rows)
+                trainable = tuple(s for s in made.layers if provider_of(s) in trained)
+                return objective.loss(made.sources, rows, of_rows, dynamic, layers=made.layers, trainable=trainable,
+                                      mesh=config.lift_mesh)
 
             aux, grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
             return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings), aux
@@ -150,22 +167,24 @@ def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., t
     return gradient
 
 
-def _sources(config: StepConfig, params: Params, batch: Batch) -> dict[str, tuple[Any, Head]]:
-    """{"provider/view": (hidden [B,T,D], head)} of what the objective reads; frozen providers get no gradient."""
-    out = {}
-    for source in config.objective.sources:
-        provider, view = source.split("/")
-        model, stream = config.models[provider], batch.views[view]
-        hidden = model.apply({"params": params[provider]}, stream.tokens, stream.positions, stream.segment_ids,
-                             method="hidden").hidden
-        out[source] = (hidden, model.head(params[provider]))
-    return out | stored_sources(params, batch)
+def _made(config: StepConfig, params: Params, batch: Batch) -> Made:
+    """States of what the objective reads; frozen providers get no gradient."""
+    made = make_sources(config.objective.states, config.models, config.projectors, params, batch)
+    return made._replace(sources=made.sources | stored_sources(params, batch))
 
 
-def stored_sources(frozen: Params, batch: Batch) -> dict[str, Any]:
-    """{"signals/<name>": (HiddenStates, Head)} of the signals whose teacher's head is among the frozen parameters."""
-    return {name: (batch.signals[name.removeprefix("signals/")], head) for name, head in frozen.items()
-            if name.startswith("signals/")}
+def with_views(config: StepConfig, batch: Batch) -> Batch:
+    """The batch with the views that the stage makes of `main`."""
+    return replace(batch, views=batch.views | {name: make(batch.main) for name, make in config.views.items()})
+
+
+def check_layers(source: str, model: Any, layers: tuple[Any, ...]) -> None:
+    """Raises ValueError where a layer map or projector names a layer that the model does not have."""
+    total = getattr(getattr(model, "config", None), "num_layers", None)
+    for layer in layers:
+        if isinstance(layer, int) and total is not None and not -total <= layer < total:
+            raise ValueError(f"layer {layer} of {source!r}: {provider_of(source)!r} has layers 0 to {total - 1} (or "
+                             f"-{total} to -1), 'embedding' and 'final'; correct the term's or projector's layers")
 
 
 def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:
@@ -187,15 +206,17 @@ def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:
 
 
 def batch_metrics(config: StepConfig, batch: Batch, weights: Weights) -> Metrics:
-    """Counts of a global batch: "tokens" (no padding), "supervised", "flops", "retained" {signal: (sum, count)}."""
-    shape = batch.main.tokens.shape
-    predicted = jnp.zeros(shape, bool)
-    for mask in weights.masks.values():  # terms on other views have masks of other shapes
-        predicted = predicted | (mask != 0) if mask.shape == shape else predicted
+    """Counts of a global batch: "tokens" (no padding) and "supervised" of view `main`, "flops" of every run of a model,
+    "retained" {signal: (sum, count)}."""
+    asked = {view: jnp.zeros(stream.tokens.shape, bool) for view, stream in batch.views.items()}
+    for name, mask in weights.masks.items():
+        view = config.objective.terms[name].view
+        asked[view] = asked[view] | (mask != 0)
+    predicted = asked["main"]
     out: Metrics = {"tokens": jnp.sum(batch.main.segment_ids != 0), "supervised": jnp.sum(predicted)}
     if config.flops:
-        views = {s.split("/")[0]: batch.views[s.split("/")[1]] for s in config.objective.sources}
-        out["flops"] = sum((f.count(views[p], predicted) for p, f in config.flops.items() if p in views),
+        runs = [(provider_of(s), s.split("/")[1]) for s in config.runs]
+        out["flops"] = sum((config.flops[p].count(batch.views[v], asked[v]) for p, v in runs if p in config.flops),
                            jnp.float32(0))
     out["retained"] = {}
     for name, signal in batch.signals.items():
