@@ -12,6 +12,27 @@ from distill_jax.data.render import Style
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """The first part of every row: tokens after it are neither read by the model nor trained on.
+
+    What is kept has the context it had, so teacher signals stay valid, and rows take less of a packed sequence.
+
+    share  part that is kept, in (0, 1]; of n tokens max(1, floor(share * n)) stay
+    of     "row": of the whole rendered row, prompt included (2512.21002); "written": the prompt and everything up to
+           the first token the model writes stay, then this share of the rest
+    whole  share of the questions whose rows stay whole, by a hash: a cut row has no end of its thinking and no answer
+    """
+
+    share: float
+    of: Literal["row", "written"] = "row"
+    whole: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or not 0 <= self.whole <= 1:
+            raise ValueError(f"Prefix needs 0 < share <= 1 and 0 <= whole <= 1, got {self.share} and {self.whole}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Store:
     """Rows of a trace store as training batches.
 
@@ -27,6 +48,7 @@ class Store:
     max_rows   keep at most so many rows, chosen by a hash (the same ones for every seed)
     ops        operators on the traces; rows whose text they change are rendered again and lose their signal
     style      how the supervised turn is written (think tags)
+    prefix     keep only the first part of every row
     """
 
     path: str
@@ -41,6 +63,7 @@ class Store:
     max_rows: int | None = None
     ops: tuple[Any, ...] = ()
     style: Style = Style()
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.seq_len < 2:

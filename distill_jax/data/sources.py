@@ -22,7 +22,7 @@ from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised
 from distill_jax.data.pack import Plan, plan
 from distill_jax.data.rowset import RowSet, open_rows
 from distill_jax.data.serve import Served
-from distill_jax.data.source_specs import Mix, Phases, Source, Store
+from distill_jax.data.source_specs import Mix, Phases, Prefix, Source, Store
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, TraceStore
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED
@@ -40,10 +40,24 @@ def splitmix(x: np.ndarray) -> np.ndarray:
 
 def held_out(groups: Sequence[str], share: float) -> np.ndarray:
     """bool [N]: rows whose question is held out, by a hash of `Trace.group` alone."""
+    return _drawn(groups, share, b"holdout")
+
+
+def _drawn(groups: Sequence[str], share: float, why: bytes) -> np.ndarray:
+    """bool [N]: a share of the questions, the same for every seed; another `why` draws others."""
     limit = int(share * 2**64)
-    number = lambda g: int.from_bytes(blake2b(g.encode(), digest_size=8, person=b"holdout").digest(), "little")
+    number = lambda g: int.from_bytes(blake2b(g.encode(), digest_size=8, person=why).digest(), "little")
     known = {g: number(g) < limit for g in set(groups)}
     return np.array([known[g] for g in groups], bool)
+
+
+def kept_lengths(rowset: RowSet, prefix: Prefix, groups: Sequence[str]) -> np.ndarray:
+    """int32 [N]: tokens of each row that `prefix` keeps. `of="written"` reads every row once. groups: of the rows."""
+    length = rowset.lengths.astype(np.int64)
+    first = np.zeros_like(length) if prefix.of == "row" else rowset.first_written()
+    first = np.minimum(first, length - 1)  # nothing written: the row counts as its prompt and one token
+    kept = first + np.maximum(1, np.floor(prefix.share * (length - first) + 1e-9)).astype(np.int64)
+    return np.where(_drawn(groups, prefix.whole, b"whole"), length, kept).astype(np.int32)
 
 
 def choose(index: RowIndex, spec: Store) -> tuple[np.ndarray, dict[str, int]]:
@@ -112,6 +126,7 @@ class RowSource:
         p = self.plan
         return {"path": self.spec.path, "rows": len(self.rowset), "left_out": self.left_out,
                 "dropped_over_long": p.dropped, "cut_over_long": p.cut, "sequences": p.sequences,
+                "kept": round(float(self.rowset.lengths.sum() / max(1, self.rowset.whole.sum())), 4),
                 "tokens_per_epoch": p.tokens, "fill": round(p.fill, 4), "rendered": "stored" if self.rowset.stored
                 else "again", "signals": sorted(self.signals), "signal_coverage": round(self.coverage, 4),
                 "rows_without_signal": int((~self.rowset.attached).sum()) if self.signals else 0}
@@ -255,6 +270,9 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int) -> RowSource:
         raise ValueError(f"{path}: none of {len(store)} rows is left: {json.dumps(left_out)}. Relax verdict= (it is "
                          f"{spec.verdict!r}), over_long= or holdout=.")
     rowset = open_rows(store, chosen, tokenizer, spec.style, spec.ops, seed)
+    if spec.prefix is not None:
+        groups = store.index().groups
+        rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
     signals = {name: store.signal(name) for name in spec.signals}
     for name, reader in signals.items():
         if len(reader) < len(store):

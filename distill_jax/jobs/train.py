@@ -144,13 +144,13 @@ def total_flops(source: Any, flops: Mapping[str, Flops], steps: int, sample: int
 
 
 class Heldout:
-    """Means of every term and of plain cross-entropy over the held-out split, as a callback of the loop."""
+    """Means of every term and of plain cross-entropy over whole rows of the held-out split: a callback of the loop."""
 
     def __init__(self, stage: Stage, context: RunContext, providers: Mapping[str, Provider],
                  frozen: Mapping[str, Any], mesh: Mesh) -> None:
         if not isinstance(stage.source, Store):
             raise ValueError(f"heldout needs a single Store as source, got a {type(stage.source).__name__}")
-        where = dataclasses.replace(resolved(stage.source, context), split="heldout")
+        where = dataclasses.replace(resolved(stage.source, context), split="heldout", prefix=None)
         tokenizer = next(p for p in providers.values() if p.spec.trainable).tokenizer
         self.source = open_source(where, tokenizer, seed=context.seed)
         self.batches = -(-stage.heldout // where.rows)
