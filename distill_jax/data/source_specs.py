@@ -90,17 +90,43 @@ class Several:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainGap:
+    """Steers the shares of a `Mix` by how far the student is behind its teacher on each source (DDK, 2407.16154).
+
+    every    updates between two measurements; the first is made before the first update
+    alpha    share of the measured mixture; 1 - alpha is spread evenly, so that no source dies out
+    teacher  signal of kind `token`: the teacher's log-probabilities of the held-out tokens
+    batches  held-out batches of each source that are measured
+    """
+
+    every: int = 1000
+    alpha: float = 0.5
+    teacher: str = "token"
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batches < 1 or not 0 <= self.alpha <= 1:
+            raise ValueError(f"DomainGap needs every >= 1, batches >= 1 and alpha in [0, 1], got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mix(Several):
     """Sequences of several stores in fixed shares. Every batch is as near to the shares as whole sequences allow.
 
     rows: sequences in a global batch (the sources' own `rows` do not count); all sources have one seq_len.
+    controller: what changes the shares during the run; `weights` are then only what is read before it measures.
     """
 
     sources: tuple[Store, ...]
     weights: tuple[float, ...]
     rows: int = 8
+    controller: DomainGap | None = None
 
     def __post_init__(self) -> None:
+        c = self.controller
+        if c and (bad := [s.path for s in self.sources if s.holdout == 0 or c.teacher not in s.signals]):
+            raise ValueError(f"a DomainGap measures held-out rows with the teacher's signal {c.teacher!r}: give "
+                             f"holdout > 0 and signals=({c.teacher!r}, ...) to the sources {bad}")
         if len(self.sources) != len(self.weights) or not self.sources:
             raise ValueError(f"a Mix needs one weight for each source, got {len(self.sources)} sources and "
                              f"{len(self.weights)} weights")
@@ -126,6 +152,8 @@ class Phases(Several):
                              f"and {len(self.steps)} numbers of updates")
         if any(s < 1 for s in self.steps):
             raise ValueError(f"every phase needs at least one update, got steps={self.steps}")
+        if any(isinstance(s, Mix) and s.controller for s in self.sources):
+            raise ValueError("the shares of a Mix inside Phases cannot be steered: make it the stage's source")
         if len({(s.rows, s.seq_len) for s in self.sources}) > 1:
             shapes = [(s.rows, s.seq_len) for s in self.sources]
             raise ValueError(f"the sources of Phases must agree in (rows, seq_len), got {shapes}")

@@ -8,7 +8,7 @@
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -134,7 +134,10 @@ class RowSource:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSource:
-    """Batches by step. rows, seq_len: shape of the global batch; signals: name -> header."""
+    """Batches by step. rows, seq_len: shape of the global batch; signals: name -> header.
+
+    shares hold from step `since` on; `taken` sequences of each part were read before it. See `data.mixture`.
+    """
 
     parts: tuple[RowSource, ...]
     rows: int
@@ -142,6 +145,8 @@ class BatchSource:
     tokenizer: Tokenizer
     signals: dict[str, SignalHeader]
     shares: tuple[float, ...] = (1.0,)
+    taken: tuple[int, ...] = ()
+    since: int = 0
     _state: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -174,13 +179,27 @@ class BatchSource:
         """(part, position in its plan) of each sequence of the global batch."""
         if len(self.parts) == 1:
             return [(0, step * self.rows + b) for b in range(self.rows)]
+        if step < self.since:
+            raise ValueError(f"this mixture holds from update {self.since} on, asked for {step}")
+        order, _ = _rota(self.shares)
+        first = (step - self.since) * self.rows
+        parts = [int(order[p % len(order)]) for p in range(first, first + self.rows)]
+        return [(part, int(self._read_before(p)[part])) for p, part in enumerate(parts, first)]
+
+    def taken_before(self, step: int) -> tuple[int, ...]:
+        """Sequences of each part that the steps before `step` read."""
+        return tuple(int(n) for n in self._read_before((step - self.since) * self.rows))
+
+    def _read_before(self, position: int) -> np.ndarray:
+        """int64 [parts]: sequences of each part before a position of the mixed stream, counted from `since`."""
         order, counts = _rota(self.shares)
-        out = []
-        for p in range(step * self.rows, (step + 1) * self.rows):
-            cycle, at = divmod(p, len(order))
-            part = int(order[at])
-            out.append((part, cycle * int(counts[-1][part]) + int(counts[at][part])))
-        return out
+        cycle, at = divmod(position, len(order))
+        return cycle * counts[-1] + counts[at] + np.array(self.taken or (0,) * len(self.parts), np.int64)
+
+    def mixed(self, state: Mapping[str, Any]) -> "BatchSource":
+        """The same stores in the shares of a `data.mixture` state."""
+        return replace(self, shares=tuple(float(x) for x in state["shares"]), since=int(state["since"]),
+                       taken=tuple(int(x) for x in state["taken"]))
 
     def describe(self) -> list[dict[str, Any]]:
         """What was opened, for logs and `plan`."""

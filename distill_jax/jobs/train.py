@@ -14,10 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distill_jax.core import spec
+from distill_jax.data import mixture
 from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.jobs.mixing import steering_of
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
@@ -29,7 +31,7 @@ from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
-from distill_jax.train.loop import Evaluation, Run, fit
+from distill_jax.train.loop import MIXTURE, Evaluation, Run, fit
 from distill_jax.train.state import create_state
 from distill_jax.train.step import StepConfig
 
@@ -83,7 +85,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     mesh = make_mesh(data=shape.data, fsdp=shape.fsdp, tensor=shape.tensor)
     providers = {n: open_provider(p, context, mesh) for n, p in stage.providers.items()}
     student = next(p for p in providers.values() if p.spec.trainable)
-    source = open_source(resolved(stage.source, context), student.tokenizer, seed=context.seed)
+    where = resolved(stage.source, context)
+    source = open_source(where, student.tokenizer, seed=context.seed)
     if source.seq_len > student.model.config.context_length:
         raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
                          f"{student.model.config.context_length}; lower source.seq_len")
@@ -100,8 +103,11 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     config = StepConfig(objective=objective, models={n: p.model for n, p in providers.items()}, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: stage.optim.schedule(stage.steps) for n in trained})
+    steering = steering_of(where, source, student.tokenizer, student=next(iter(trained)), model=student.model,
+                           mesh=mesh, seed=context.seed)
+    controllers = objective.init() | ({MIXTURE: mixture.initial(stage.source.weights)} if steering else {})
     state = create_state({n: p.params for n, p in trained.items()}, optimizers, mesh=mesh, seed=context.seed,
-                         controllers=objective.init())
+                         controllers=controllers)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
     frozen_params = {n: p.params for n, p in frozen.items()}
@@ -111,7 +117,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         evaluations["heldout"] = Evaluation(fn=heldout)
     with jax.set_mesh(mesh):
         fitted = fit(config, state, source, run, frozen=frozen_params, evaluations=evaluations,
-                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve)
+                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve, steering=steering)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     result = {"steps": stage.steps, "flops": total_flops(source, flops, stage.steps),
