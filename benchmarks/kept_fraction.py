@@ -88,8 +88,9 @@ def table(value: Mapping[str, Any]) -> str:
         whole = found.get(name_of(section, 1.0), {}).get("accuracy_by_k", {}).get(most, [0.0])[0]
         mean, low, high = (100 * x for x in m["accuracy_by_k"][most])
         of_whole = f"{mean / whole:.0f}%" if whole else ""
-        lines.append(f"| {section} | {share} | {len(m['seeds'])} | {m['steps']:.0f} | {mean:.1f} [{low:.1f}, {high:.1f}] | "
-                     f"{of_whole} | {m['kl']:.4f} | {m['seconds_per_step']:.3f} |")
+        accuracy = f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        lines.append(f"| {section} | {share} | {len(m['seeds'])} | {m['steps']:.0f} | {accuracy} | {of_whole} "
+                     f"| {m['kl']:.4f} | {m['seconds_per_step']:.3f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -105,7 +105,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
                         schedules={n: stage.optim.schedule(stage.steps) for n in trained})
     steering = steering_of(where, source, student.tokenizer, student=next(iter(trained)), model=student.model,
                            mesh=mesh, seed=context.seed)
-    controllers = objective.init() | ({MIXTURE: mixture.initial(stage.source.weights)} if steering else {})
+    controllers = objective.init() | ({MIXTURE: mixture.initial(where.weights)} if steering else {})
     state = create_state({n: p.params for n, p in trained.items()}, optimizers, mesh=mesh, seed=context.seed,
                          controllers=controllers)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
