@@ -289,15 +289,15 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int) -> RowSource:
         raise ValueError(f"{path}: none of {len(store)} rows is left: {json.dumps(left_out)}. Relax verdict= (it is "
                          f"{spec.verdict!r}), over_long= or holdout=.")
     rowset = open_rows(store, chosen, tokenizer, spec.style, spec.ops, seed)
-    if spec.prefix is not None:
-        groups = store.index().groups
-        rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
     signals = {name: store.signal(name) for name in spec.signals}
     for name, reader in signals.items():
         if len(reader) < len(store):
             raise ValueError(f"{path}: signal {name!r} has {len(reader)} of {len(store)} rows; finish it with "
                              f"`distill-jax score`, which continues where it stopped")
     coverage = rowset.coverage() if signals else 1.0
+    if spec.prefix is not None:
+        groups = store.index().groups
+        rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
     made = plan(rowset.lengths, seq_len=spec.seq_len, seed=seed, pack=spec.pack, over_long=spec.over_long)
     return RowSource(spec=spec, rowset=rowset, plan=made, signals=signals, left_out=left_out, coverage=coverage)
 
