@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from distill_jax.core.roles import SUPERVISED
 from distill_jax.data import align
 from distill_jax.data.render import Style, render, template_id
 from distill_jax.data.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ from distill_jax.traces.ops.base import Op, Pipeline
 from distill_jax.traces.store import Row, RowArrays, SignalReader, SignalRow, TraceStore
 from distill_jax.traces.trace import Trace
 
+READ_AT_ONCE = 4096
 SAMPLE = 64  # rows whose coverage is measured before a run
 FIELDS = {"tokens": np.int32, "roles": np.uint8, "steps": np.int32, "parts": np.int16, "spans": np.int32}
 
@@ -79,11 +81,12 @@ class RowSet:
     """
 
     def __init__(self, store: TraceStore, origin: np.ndarray, flat: FlatRows | None, tok: Tokenizer,
-                 attached: np.ndarray | None = None) -> None:
+                 attached: np.ndarray | None = None, lengths: np.ndarray | None = None) -> None:
         self.store = store
         self.origin = np.asarray(origin, np.int64)
         self.flat = flat
-        self.lengths = store.lengths()[self.origin] if flat is None else flat.lengths
+        self.whole = store.lengths()[self.origin] if flat is None else flat.lengths
+        self.lengths = self.whole if lengths is None else lengths
         self.attached = np.ones(len(self.origin), bool) if attached is None else attached
         self._tok = tok
 
@@ -100,12 +103,32 @@ class RowSet:
         """Whether rows are used as the store holds them."""
         return self.flat is None
 
+    def cut(self, lengths: np.ndarray) -> "RowSet":
+        """The same rows, of each only its first `lengths` [N] tokens."""
+        return RowSet(self.store, self.origin, self.flat, self._tok, self.attached, np.minimum(lengths, self.whole))
+
+    def first_written(self) -> np.ndarray:
+        """int64 [N]: index of the first token of each row that the model writes; the row's length where there is none.
+        Reads every row."""
+        out = self.lengths.astype(np.int64)
+        for begin in range(0, len(out), READ_AT_ONCE):
+            numbers = np.arange(begin, min(begin + READ_AT_ONCE, len(out)))
+            for n, row in zip(numbers, self.read(numbers)):
+                written = np.flatnonzero(np.isin(row.roles, SUPERVISED))
+                out[n] = written[0] if len(written) else out[n]
+        return out
+
     def read(self, numbers: np.ndarray) -> list[RowArrays]:
-        return self.store.read(self.origin[numbers]) if self.flat is None else self.flat.read(numbers)
+        rows = self.store.read(self.origin[numbers]) if self.flat is None else self.flat.read(numbers)
+        if self.lengths is self.whole:
+            return rows
+        return [RowArrays(**{name: getattr(row, name)[:n] for name in FIELDS})
+                for row, n in zip(rows, self.lengths[numbers].tolist())]
 
     def read_signal(self, reader: SignalReader, numbers: np.ndarray, rows: Sequence[RowArrays]
                     ) -> list[SignalRow | None]:
-        """Signal of these rows, aligned with them; None where a row has none. `rows`: as `read` gave them."""
+        """Signal of these rows, aligned with them; None where a row has none, longer than the row where the
+        row is cut. `rows`: as `read` gave them."""
         numbers = np.asarray(numbers)
         ok = np.flatnonzero(self.attached[numbers] & (self.origin[numbers] < len(reader)))
         ids = self.origin[numbers[ok]]

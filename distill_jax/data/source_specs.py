@@ -12,6 +12,27 @@ from distill_jax.data.render import Style
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """The first part of every row: tokens after it are neither read by the model nor trained on.
+
+    What is kept has the context it had, so teacher signals stay valid, and rows take less of a packed sequence.
+
+    share  part that is kept, in (0, 1]; of n tokens max(1, floor(share * n)) stay
+    of     "row": of the whole rendered row, prompt included (2512.21002); "written": the prompt and everything up to
+           the first token the model writes stay, then this share of the rest
+    whole  share of the questions whose rows stay whole, by a hash: a cut row has no end of its thinking and no answer
+    """
+
+    share: float
+    of: Literal["row", "written"] = "row"
+    whole: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or not 0 <= self.whole <= 1:
+            raise ValueError(f"Prefix needs 0 < share <= 1 and 0 <= whole <= 1, got {self.share} and {self.whole}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Store:
     """Rows of a trace store as training batches.
 
@@ -27,6 +48,7 @@ class Store:
     max_rows   keep at most so many rows, chosen by a hash (the same ones for every seed)
     ops        operators on the traces; rows whose text they change are rendered again and lose their signal
     style      how the supervised turn is written (think tags)
+    prefix     keep only the first part of every row
     """
 
     path: str
@@ -41,6 +63,7 @@ class Store:
     max_rows: int | None = None
     ops: tuple[Any, ...] = ()
     style: Style = Style()
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.seq_len < 2:
@@ -67,17 +90,43 @@ class Several:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainGap:
+    """Steers the shares of a `Mix` by how far the student is behind its teacher on each source (DDK, 2407.16154).
+
+    every    updates between two measurements; the first is made before the first update
+    alpha    share of the measured mixture; 1 - alpha is spread evenly, so that no source dies out
+    teacher  signal of kind `token`: the teacher's log-probabilities of the held-out tokens
+    batches  held-out batches of each source that are measured
+    """
+
+    every: int = 1000
+    alpha: float = 0.5
+    teacher: str = "token"
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.batches < 1 or not 0 <= self.alpha <= 1:
+            raise ValueError(f"DomainGap needs every >= 1, batches >= 1 and alpha in [0, 1], got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mix(Several):
     """Sequences of several stores in fixed shares. Every batch is as near to the shares as whole sequences allow.
 
     rows: sequences in a global batch (the sources' own `rows` do not count); all sources have one seq_len.
+    controller: what changes the shares during the run; `weights` are then only what is read before it measures.
     """
 
     sources: tuple[Store, ...]
     weights: tuple[float, ...]
     rows: int = 8
+    controller: DomainGap | None = None
 
     def __post_init__(self) -> None:
+        c = self.controller
+        if c and (bad := [s.path for s in self.sources if s.holdout == 0 or c.teacher not in s.signals]):
+            raise ValueError(f"a DomainGap measures held-out rows with the teacher's signal {c.teacher!r}: give "
+                             f"holdout > 0 and signals=({c.teacher!r}, ...) to the sources {bad}")
         if len(self.sources) != len(self.weights) or not self.sources:
             raise ValueError(f"a Mix needs one weight for each source, got {len(self.sources)} sources and "
                              f"{len(self.weights)} weights")
@@ -103,6 +152,8 @@ class Phases(Several):
                              f"and {len(self.steps)} numbers of updates")
         if any(s < 1 for s in self.steps):
             raise ValueError(f"every phase needs at least one update, got steps={self.steps}")
+        if any(isinstance(s, Mix) and s.controller for s in self.sources):
+            raise ValueError("the shares of a Mix inside Phases cannot be steered: make it the stage's source")
         if len({(s.rows, s.seq_len) for s in self.sources}) > 1:
             shapes = [(s.rows, s.seq_len) for s in self.sources]
             raise ValueError(f"the sources of Phases must agree in (rows, seq_len), got {shapes}")

@@ -8,7 +8,7 @@
 import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -22,7 +22,7 @@ from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised
 from distill_jax.data.pack import Plan, plan
 from distill_jax.data.rowset import RowSet, open_rows
 from distill_jax.data.serve import Served
-from distill_jax.data.source_specs import Mix, Phases, Source, Store
+from distill_jax.data.source_specs import Mix, Phases, Prefix, Source, Store
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, StoredHead, TraceStore
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED
@@ -40,10 +40,24 @@ def splitmix(x: np.ndarray) -> np.ndarray:
 
 def held_out(groups: Sequence[str], share: float) -> np.ndarray:
     """bool [N]: rows whose question is held out, by a hash of `Trace.group` alone."""
+    return _drawn(groups, share, b"holdout")
+
+
+def _drawn(groups: Sequence[str], share: float, why: bytes) -> np.ndarray:
+    """bool [N]: a share of the questions, the same for every seed; another `why` draws others."""
     limit = int(share * 2**64)
-    number = lambda g: int.from_bytes(blake2b(g.encode(), digest_size=8, person=b"holdout").digest(), "little")
+    number = lambda g: int.from_bytes(blake2b(g.encode(), digest_size=8, person=why).digest(), "little")
     known = {g: number(g) < limit for g in set(groups)}
     return np.array([known[g] for g in groups], bool)
+
+
+def kept_lengths(rowset: RowSet, prefix: Prefix, groups: Sequence[str]) -> np.ndarray:
+    """int32 [N]: tokens of each row that `prefix` keeps. `of="written"` reads every row once. groups: of the rows."""
+    length = rowset.lengths.astype(np.int64)
+    first = np.zeros_like(length) if prefix.of == "row" else rowset.first_written()
+    first = np.minimum(first, length - 1)  # nothing written: the row counts as its prompt and one token
+    kept = first + np.maximum(1, np.floor(prefix.share * (length - first) + 1e-9)).astype(np.int64)
+    return np.where(_drawn(groups, prefix.whole, b"whole"), length, kept).astype(np.int32)
 
 
 def choose(index: RowIndex, spec: Store) -> tuple[np.ndarray, dict[str, int]]:
@@ -112,6 +126,7 @@ class RowSource:
         p = self.plan
         return {"path": self.spec.path, "rows": len(self.rowset), "left_out": self.left_out,
                 "dropped_over_long": p.dropped, "cut_over_long": p.cut, "sequences": p.sequences,
+                "kept": round(float(self.rowset.lengths.sum() / max(1, self.rowset.whole.sum())), 4),
                 "tokens_per_epoch": p.tokens, "fill": round(p.fill, 4), "rendered": "stored" if self.rowset.stored
                 else "again", "signals": sorted(self.signals), "signal_coverage": round(self.coverage, 4),
                 "rows_without_signal": int((~self.rowset.attached).sum()) if self.signals else 0}
@@ -119,7 +134,10 @@ class RowSource:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSource:
-    """Batches by step. rows, seq_len: shape of the global batch; signals: name -> header."""
+    """Batches by step. rows, seq_len: shape of the global batch; signals: name -> header.
+
+    shares hold from step `since` on; `taken` sequences of each part were read before it. See `data.mixture`.
+    """
 
     parts: tuple[RowSource, ...]
     rows: int
@@ -127,6 +145,8 @@ class BatchSource:
     tokenizer: Tokenizer
     signals: dict[str, SignalHeader]
     shares: tuple[float, ...] = (1.0,)
+    taken: tuple[int, ...] = ()
+    since: int = 0
     _state: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -163,13 +183,27 @@ class BatchSource:
         """(part, position in its plan) of each sequence of the global batch."""
         if len(self.parts) == 1:
             return [(0, step * self.rows + b) for b in range(self.rows)]
+        if step < self.since:
+            raise ValueError(f"this mixture holds from update {self.since} on, asked for {step}")
+        order, _ = _rota(self.shares)
+        first = (step - self.since) * self.rows
+        parts = [int(order[p % len(order)]) for p in range(first, first + self.rows)]
+        return [(part, int(self._read_before(p)[part])) for p, part in enumerate(parts, first)]
+
+    def taken_before(self, step: int) -> tuple[int, ...]:
+        """Sequences of each part that the steps before `step` read."""
+        return tuple(int(n) for n in self._read_before((step - self.since) * self.rows))
+
+    def _read_before(self, position: int) -> np.ndarray:
+        """int64 [parts]: sequences of each part before a position of the mixed stream, counted from `since`."""
         order, counts = _rota(self.shares)
-        out = []
-        for p in range(step * self.rows, (step + 1) * self.rows):
-            cycle, at = divmod(p, len(order))
-            part = int(order[at])
-            out.append((part, cycle * int(counts[-1][part]) + int(counts[at][part])))
-        return out
+        cycle, at = divmod(position, len(order))
+        return cycle * counts[-1] + counts[at] + np.array(self.taken or (0,) * len(self.parts), np.int64)
+
+    def mixed(self, state: Mapping[str, Any]) -> "BatchSource":
+        """The same stores in the shares of a `data.mixture` state."""
+        return replace(self, shares=tuple(float(x) for x in state["shares"]), since=int(state["since"]),
+                       taken=tuple(int(x) for x in state["taken"]))
 
     def describe(self) -> list[dict[str, Any]]:
         """What was opened, for logs and `plan`."""
@@ -268,6 +302,9 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int) -> RowSource:
             raise ValueError(f"{path}: signal {name!r} has {len(reader)} of {len(store)} rows; finish it with "
                              f"`distill-jax score`, which continues where it stopped")
     coverage = rowset.coverage() if signals else 1.0
+    if spec.prefix is not None:
+        groups = store.index().groups
+        rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
     made = plan(rowset.lengths, seq_len=spec.seq_len, seed=seed, pack=spec.pack, over_long=spec.over_long)
     return RowSource(spec=spec, rowset=rowset, plan=made, signals=signals, left_out=left_out, coverage=coverage)
 

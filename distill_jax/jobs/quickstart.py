@@ -14,16 +14,17 @@ from distill_jax.jobs.context import RunContext, write_json
 from distill_jax.jobs.write_store import write_store
 from distill_jax.loading import load, local_folder
 from distill_jax.traces.world.curriculum import LESSONS, NAMES, Curriculum
+from distill_jax.traces.world.thoughts import Style
 from distill_jax.traces.world.tokenizer import build_tokenizer
 
 
-def build_world(context: RunContext, *, lesson_rows: Sequence[int], teacher_rows: int,
-                questions: int) -> dict[str, int]:
+def build_world(context: RunContext, *, lesson_rows: Sequence[int], teacher_rows: int, questions: int,
+                rendering: str = "compact", style: Style = "minimal") -> dict[str, int]:
     """Tokenizer and the stores `lesson0` to `lessonN`, `teacher` and `questions` in the stage's folder."""
     folder = context.folder
-    build_tokenizer(folder / "tokenizer", "compact")
+    build_tokenizer(folder / "tokenizer", rendering)
     tok = load_tokenizer(folder / "tokenizer")
-    data = Curriculum(seed=context.seed)
+    data = Curriculum(seed=context.seed, rendering=rendering, style=style)
     parts = {f"lesson{i}": data.lesson(i, n) for i, n in zip(range(len(LESSONS)), lesson_rows, strict=True)} | {
         "teacher": data.two_hop(teacher_rows), "questions": data.two_hop(questions, salt=2)}
     made = {name: len(write_store(str(folder / name), traces, tok)) for name, traces in parts.items()}

@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core import spec
 from distill_jax.core.head import Head
+from distill_jax.data import mixture
 from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.jobs.mixing import steering_of
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
@@ -32,7 +34,7 @@ from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
-from distill_jax.train.loop import Evaluation, Run, fit
+from distill_jax.train.loop import MIXTURE, Evaluation, Run, fit
 from distill_jax.train.sources import provider_of
 from distill_jax.train.state import create_state
 from distill_jax.train.step import StepConfig, make_evaluation, with_views
@@ -93,7 +95,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     configs = {n: m.config for n, m in models.items()}
     projectors = {n: open_projector(p, configs) for n, p in stage.projectors.items()}
     student = next(p for p in providers.values() if p.spec.trainable)
-    source = open_source(resolved(stage.source, context), student.tokenizer, seed=context.seed)
+    where = resolved(stage.source, context)
+    source = open_source(where, student.tokenizer, seed=context.seed)
     if source.seq_len > student.model.config.context_length:
         raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
                          f"{student.model.config.context_length}; lower source.seq_len")
@@ -113,7 +116,10 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.views, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
-    state = create_state(trained, optimizers, mesh=mesh, seed=context.seed, controllers=objective.init())
+    steering = steering_of(where, source, student.tokenizer, student=next(iter(trained)), model=student.model,
+                           mesh=mesh, seed=context.seed)
+    controllers = objective.init() | ({MIXTURE: mixture.initial(where.weights)} if steering else {})
+    state = create_state(trained, optimizers, mesh=mesh, seed=context.seed, controllers=controllers)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
     evaluations = {}
@@ -122,7 +128,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         evaluations["heldout"] = Evaluation(fn=heldout)
     with jax.set_mesh(mesh):
         fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations,
-                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve)
+                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve, steering=steering)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     result = {"steps": stage.steps, "flops": total_flops(source, config, stage.steps),
@@ -174,13 +180,13 @@ def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -
 
 
 class Heldout:
-    """Means of every term and of plain cross-entropy over the held-out split, as a callback of the loop."""
+    """Means of every term and of plain cross-entropy over whole rows of the held-out split: a callback of the loop."""
 
     def __init__(self, stage: Stage, context: RunContext, config: StepConfig, frozen: Mapping[str, Any],
                  tokenizer: Tokenizer) -> None:
         if not isinstance(stage.source, Store):
             raise ValueError(f"heldout needs a single Store as source, got a {type(stage.source).__name__}")
-        where = dataclasses.replace(resolved(stage.source, context), split="heldout")
+        where = dataclasses.replace(resolved(stage.source, context), split="heldout", prefix=None)
         self.source = open_source(where, tokenizer, seed=context.seed)
         self.batches = -(-stage.heldout // where.rows)
         self.frozen, self.mesh, self.step = frozen, config.mesh, jnp.int32(stage.steps)

@@ -79,3 +79,48 @@ class TAIDSchedule:
         moved = jnp.minimum(self.stop, jnp.maximum(ramp, t + ahead))
         return {"t": jnp.where(known, moved, t), "momentum": jnp.where(known, momentum, state["momentum"]),
                 "previous": jnp.where(usable, loss, before)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyQuantile:
+    """A threshold in nats that a share of the tokens exceeds: the (1 - share) quantile of the student's entropy.
+
+    With b the share measured at the threshold of this step: threshold <- threshold * exp(rate (b - share)), kept in
+    [low, high] (Andrew et al. 2021, 1905.03871, algorithm 1, there for gradient norms). Every update is one step
+    behind the student, and depends on means of the global batch alone.
+
+    share  part of the tokens to be above the threshold
+    watch  term that measures it, of loss `losses.rows.selective.uncertain` on the same tokens and with an equal
+           controller as its threshold: equal controllers that watch one term stay equal
+    rate   0.2 in the paper
+    """
+
+    share: float = 0.2
+    watch: str = "uncertain"
+    start: float = 1.0
+    rate: float = 0.2
+    low: float = 1e-4
+    high: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0 or self.rate <= 0:
+            raise ValueError(f"EntropyQuantile needs a share in (0, 1] and a positive rate, got {self.share} and "
+                             f"{self.rate}")
+        if not 0.0 < self.low <= self.start <= self.high:
+            raise ValueError(f"EntropyQuantile needs 0 < low <= start <= high, got low={self.low}, start={self.start}, "
+                             f"high={self.high}")
+
+    def init(self) -> Array:
+        return jnp.float32(self.start)
+
+    def value(self, state: Array, step: Array) -> Array:
+        return state
+
+    def update(self, state: Array, metrics: Mapping[str, Array], step: Array) -> Array:
+        """The threshold after update number `step`; a share that is not finite changes nothing."""
+        if self.watch not in metrics:
+            raise ValueError(f"EntropyQuantile watches the term {self.watch!r}; measured: {sorted(metrics)}. Add "
+                             f"Term(uncertain, weight=0.0) under that name")
+        above = jax.lax.stop_gradient(metrics[self.watch])
+        moved = jnp.clip(state * jnp.exp(self.rate * (above - self.share)), self.low, self.high)
+        return jnp.where(jnp.isfinite(above), moved, state)

@@ -4,16 +4,18 @@ The host runs at most AHEAD steps in front of the device and never waits for the
 read when they have long been there. A run that is killed anywhere and started again ends with the same bits.
 """
 
+import dataclasses
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax.core import tree
 from distill_jax.core.batch import Batch
@@ -60,6 +62,27 @@ class Evaluation:
     every: int = 0
 
 
+MIXTURE = "mixture"
+"""Key of a steered source's state among the controllers of the train state."""
+
+
+class Steering(Protocol):
+    """A source whose mixture follows the student: a state (NumPy arrays) in the train state decides what is read."""
+
+    @property
+    def every(self) -> int:
+        """Updates between two changes; the first is made before the first update."""
+        ...
+
+    def source(self, state: Tree) -> BatchSource:
+        """The batches from `state` on."""
+        ...
+
+    def update(self, state: Tree, params: Mapping[str, Tree], step: int) -> Tree:
+        """The state from update `step` on, from what the parameters do now; the same on every process."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """state: after `step` updates, saved. stopped: name of the signal that ended it early, or ""."""
@@ -71,12 +94,14 @@ class Fitted:
 
 def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
         frozen: Mapping[str, Tree] | None = None, evaluations: Mapping[str, Evaluation] | None = None,
-        check: Callable[[Batch], None] | None = None, serve: Serve = serve_plain) -> Fitted:
+        check: Callable[[Batch], None] | None = None, serve: Serve = serve_plain,
+        steering: Steering | None = None) -> Fitted:
     """Train until `run.steps` updates are done or a signal asks to stop; either way the state is saved.
 
     state        of step 0 (`create_state`); replaced by the newest checkpoint of `run.folder` where there is one
     frozen       {provider: params} that are not trained
     check        called with the first global batch (NumPy) of a fresh run, may raise (empty supervised mask)
+    steering     changes what `source` mixes; its state is `state.controllers["mixture"]`
     Raises ValueError for a checkpoint of another model or recipe, and when too many steps in a row are not finite.
     """
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
@@ -90,10 +115,10 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
         if start:
             reporter.say(f"resumed at update {start} of {run.steps}")
         votes = Votes(config.mesh)
-        loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}))
+        loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}), serve, steering)
         with votes.listening():
             if start < run.steps:
-                state, start = loop.updates(state, dict(frozen or {}), Feed(source, config.mesh, start, serve), start)
+                state, start = loop.updates(state, dict(frozen or {}), start)
         checkpoints.wait()
         if start < run.steps:
             why = votes.signal or "a signal to another process"
@@ -129,14 +154,17 @@ class _Loop:
     reporter: Reporter
     votes: Votes
     evaluations: dict[str, Evaluation]
+    serve: Serve
+    steering: Steering | None = None
     bad_in_a_row: int = 0
 
     def __post_init__(self) -> None:
         self.window = Window(device=self.config.mesh.devices.flat[0], count=self.config.mesh.size)
 
-    def updates(self, state: TrainState, frozen: Mapping[str, Tree], feed: Feed, start: int) -> tuple[TrainState, int]:
+    def updates(self, state: TrainState, frozen: Mapping[str, Tree], start: int) -> tuple[TrainState, int]:
         """-> the state at the end or where a signal stopped it, saved or being saved, and the updates done."""
         run, votes = self.run, self.votes
+        state, feed = self.feed(state, start, steer=start == 0)
         step = make_step(self.config, state)
         pending: deque[tuple[int, Metrics]] = deque()
         done, saved_at, began = start, start, time.monotonic()
@@ -151,6 +179,8 @@ class _Loop:
                 self.reporter.restart_clock(done)
                 self.window.restart_clock()
             if done < run.steps:
+                if self.steering and done % self.steering.every == 0:
+                    state, feed = self.feed(state, done, steer=True)
                 batch = next(feed)  # made and put while the step runs
             decision = votes.decision(pending[0][1]) if len(pending) > AHEAD or not votes.shared else 0
             stop = decision == STOP
@@ -165,6 +195,21 @@ class _Loop:
                 saved_at, saved_time = done, time.monotonic()
             self.evaluate(done, state)
         return state, done
+
+    def feed(self, state: TrainState, done: int, steer: bool) -> tuple[TrainState, Feed]:
+        """Batches from update `done` on, in the mixture of the state; with `steer`, in one that is measured now."""
+        if self.steering:
+            mixture = jax.device_get(state.controllers[MIXTURE])
+            if steer:
+                began = time.perf_counter()
+                mixture = self.steering.update(mixture, state.params, done)
+                placed = jax.device_put(mixture, NamedSharding(self.config.mesh, PartitionSpec()))
+                state = dataclasses.replace(state, controllers={**state.controllers, MIXTURE: placed})
+                self.window.pause(time.perf_counter() - began)
+                shares = ", ".join(f"{x:.3f}" for x in mixture["shares"])
+                self.reporter.say(f"update {done}: shares of the mix {shares}")
+            self.source = self.steering.source(mixture)
+        return state, Feed(self.source, self.config.mesh, done, self.serve)
 
     def _settle(self, step: int, metrics: Metrics, last: bool = False) -> None:
         """Take in the metrics of step `step`; report when a window is full. Raises after too many bad steps in a row.

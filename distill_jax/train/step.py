@@ -103,7 +103,8 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
         for name, tx in config.optimizers.items():
             updates, opt_state[name] = tx.update(grads[name], state.opt_state[name], state.params[name])
             params[name] = optax.apply_updates(state.params[name], updates)
-        controllers = config.objective.update(state.controllers, metrics["terms"], state.step)
+        controllers = {**state.controllers,  # beside the objective's: the mixture, which only the host changes
+                       **config.objective.update(state.controllers, metrics["terms"], state.step)}
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         new = TrainState(
             step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state),

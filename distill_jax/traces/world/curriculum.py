@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from distill_jax.traces.trace import Trace
 from distill_jax.traces.world.generate import WorldSpec, trace
+from distill_jax.traces.world.thoughts import Style
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +34,22 @@ LESSONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """ks: documents of a two-hop training question, drawn evenly."""
+    """ks: documents of a two-hop training question, drawn evenly; style: of its oracle thinking. See `WorldSpec`."""
 
     seed: int = 0
     ks: tuple[int, ...] = (2, 4, 8)
+    rendering: str = "compact"
+    style: Style = "minimal"
 
     def lesson(self, number: int, n: int) -> Iterator[Trace]:
         """n look-ups of lesson `number` of LESSONS, each read (`thinking`) and answered."""
         lesson = LESSONS[number]
         for i in range(n):
             yield trace(WorldSpec(kind="same_relation", k=lesson.ks[i % len(lesson.ks)], names=lesson.names,
-                                  seed=self.seed * 1000 + number), i)
+                                  rendering=self.rendering, seed=self.seed * 1000 + number), i)
 
     def two_hop(self, n: int, salt: int = 1) -> Iterator[Trace]:
-        """Two-hop questions with minimal oracle thinking; another salt gives other questions."""
+        """Two-hop questions with oracle thinking; another salt gives other questions."""
         for i in range(n):
             yield trace(WorldSpec(kind="two_hop", k=self.ks[i % len(self.ks)], names=NAMES,
-                                  seed=self.seed * 1000 + salt), i)
+                                  rendering=self.rendering, style=self.style, seed=self.seed * 1000 + salt), i)
