@@ -78,7 +78,7 @@ def adaptive_reference(p, q, kl, topk, mu=0.5):
     for a, b in zip(p, q):
         order = np.argsort(-a[:-1] if topk else -a, kind="stable")
         head = order[:np.searchsorted(np.cumsum(a[order]), mu) + 1]
-        share = abs(a - b)[head].sum() / abs(a - b).sum()
+        share = abs(a - b)[head].sum() / (abs(a - b).sum() or 1)
         out.append(share * kl(a, b) + (1 - share) * kl(b, a))
     return np.array(out)
 

@@ -48,7 +48,7 @@ def test_bounds_hold_for_whole_distributions(seed, spread, tau):
     for n in range(3):
         tail = np.delete(p[n], ids[n])
         mass, top = max(1e-7, 1 - p[n][ids[n]].sum()), p[n][ids[n]].min()
-        even, packed = tail_bounds(np.log(mass), np.log(min(top, mass)), np.array(V - K), tau)
+        even, packed = tail_bounds(np.float32(np.log(mass)), np.float32(np.log(min(top, mass))), np.array(V - K), tau)
         low, high = sorted((float(even), float(packed)))
         true = (tail ** (1 / tau)).sum()
         if tail.sum() > 1e-6:  # below, float32 no longer knows the mass

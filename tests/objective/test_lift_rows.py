@@ -48,7 +48,7 @@ def test_equals_dense(dtype, close):
     dense = lambda x, w: dense_total(sources | {"student/main": x}, TERMS, w, **kw)
     got, want = (jax.jit(jax.value_and_grad(f)) for f in (lifted, dense))
     for only in TERMS if dtype == jnp.float32 else ("",):
-        chosen = {n: w * (only in ("", n)) for n, w in weights.items()}
+        chosen = {n: w * float(only in ("", n)) for n, w in weights.items()}
         pairs = zip(jax.tree.leaves(got(sources["student/main"], chosen)),
                     jax.tree.leaves(want(sources["student/main"], chosen)), strict=True)
         for a, b in pairs:

@@ -28,9 +28,8 @@ def adaptive_kl(logits: Array, target: Target, *, mu: float = 0.5, temperature: 
         raise ValueError(f"adaptive_kl needs 0 < mu <= 1 (the teacher's mass in the head), got {mu}")
     log_q, log_p = outcomes(logits, target, temperature, temper)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    head = _head(p, mu)
-    if isinstance(target, TopKTarget):
-        head = head.at[:, -1].set(False)
+    head = _head(p[:, :-1], mu) if isinstance(target, TopKTarget) else _head(p, mu)
+    head = jnp.pad(head, ((0, 0), (0, p.shape[-1] - head.shape[-1])))
     gap = jax.lax.stop_gradient(jnp.abs(p - q))
     of_head, of_all = jnp.sum(jnp.where(head, gap, 0.0), axis=-1), jnp.sum(gap, axis=-1)
     share = jnp.where(of_all > 0, of_head / jnp.where(of_all > 0, of_all, 1.0), 0.5)
