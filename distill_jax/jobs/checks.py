@@ -16,7 +16,7 @@ from distill_jax.data.sources import CUT_ANSWER, held_out
 from distill_jax.data.tokenizer import Tokenizer, same_real_ids
 from distill_jax.jobs.patient import Finding, Patient
 from distill_jax.traces.formats import LOOK, detect, read_rows
-from distill_jax.traces.store import RowArrays, TopKRow, TraceStore
+from distill_jax.traces.store import RowArrays, SampledRow, TopKRow, TraceStore
 from distill_jax.traces.trace import Trace
 
 WRITTEN = [int(r) for r in SUPERVISED]
@@ -138,8 +138,8 @@ def padded_vocabulary(p: Patient) -> list[Finding]:
     for name, reader in p.signals.items():
         outside = total = 0
         for s in reader.read(p.sample[p.sample < len(reader)][:64]):
-            if isinstance(s, TopKRow):
-                mass = np.exp(s.logprobs.astype(np.float64))
+            if isinstance(s, TopKRow | SampledRow):
+                mass = np.exp(s.logprobs.astype(np.float64)) if isinstance(s, TopKRow) else s.weights
                 outside, total = outside + mass[s.ids >= known].sum(), total + mass.sum()
         if outside:
             out.append(Finding(

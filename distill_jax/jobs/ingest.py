@@ -115,7 +115,7 @@ def _in_order(dump: str, rows: int, wrong: Counter[str]) -> Iterator[tuple[int, 
             try:
                 said = parse(row)
             except (ValueError, TypeError, KeyError, AttributeError, IndexError) as e:
-                raise ValueError(f"{dump}: row {line}: {e}") from None
+                raise ValueError(f"{dump}: line {line + 1}: {e}") from None
             number = last + 1 if said.row is None else said.row
         if not last < number < rows:
             raise ValueError(f"{dump}: line {line + 1} is row {number} after row {last}, the store has {rows} rows: a "

@@ -171,14 +171,14 @@ class _Reader:
         for number, target, trace in zip(ids, targets, traces):
             source = target if self.stored else self._rendered(trace)
             if source is None:
-                yield _Item(target=target, source=None, why="cannot_render")
+                yield _Item(number=int(number), target=target, source=None, why="cannot_render")
             elif len(source.tokens) > self.context:
                 if not self.skip_long:
                     raise ValueError(f"row {number} has {len(source.tokens)} tokens as the teacher reads it, more than "
                                      f"its context of {self.context}; score the others with --skip-long")
-                yield _Item(target=target, source=None, why="longer_than_context")
+                yield _Item(number=int(number), target=target, source=None, why="longer_than_context")
             else:
-                yield _Item(target=target, source=source,
+                yield _Item(number=int(number), target=target, source=source,
                             alignment=None if self.stored else self._align(source, target))
 
     def _align(self, source: Any, target: RowArrays) -> Alignment:
@@ -209,6 +209,7 @@ class _Reader:
 class _Item:
     """A stored row, what the teacher reads in its place (None: nothing, and why), and where tokens of both meet."""
 
+    number: int
     target: RowArrays
     source: Any
     alignment: Alignment | None = None
@@ -289,11 +290,10 @@ def _score_shard(scorer: Scorer, reader: _Reader, items: Sequence[_Item], header
                  ) -> tuple[list[SignalRow], Tally]:
     read = [i for i in items if i.source is not None]
     found, totals = scorer([i.source for i in read])
-    broken = [n for n, (i, s) in enumerate(zip(read, found)) if not s.mask.any() and scorer.wanted(i.source).any()]
+    broken = [i.number for i, s in zip(read, found) if not s.mask.any() and scorer.wanted(i.source).any()]
     if len(broken) > max(1, NAN_SHARE * len(read)):
-        raise ValueError(f"the teacher's log-probs are not finite for {len(broken)} of {len(read)} rows of a shard "
-                         f"(the first has {len(read[broken[0]].target)} tokens): compute in another dtype "
-                         "(--dtype float32), or check the teacher's weights")
+        raise ValueError(f"the teacher's log-probs are not finite for {len(broken)} of {len(read)} rows, the first is "
+                         f"row {broken[0]}: compute in another dtype (--dtype float32), or check the teacher's weights")
     by_item = iter(found)
     signals = [reader.attach(i, None if i.source is None else next(by_item), header) for i in items]
     reasons = [i.why for i in items if i.why] + ["not_finite"] * len(broken)

@@ -151,9 +151,9 @@ class Scorer:
 
     @property
     def head(self) -> StoredHead:
-        """The teacher's head on the host, as a `hidden` signal stores it."""
-        head: Head = self.model.head(compute_params(self.params, self.model.dtype))
-        host = lambda x: None if x is None else _storable(jax.device_get(x))
+        """The teacher's head on the host in its compute dtype, as a `hidden` signal stores it."""
+        head: Head = self.model.head(self.params)
+        host = lambda x: None if x is None else _storable(jax.device_get(x.astype(self.model.dtype)))
         return StoredHead(kernel=host(head.kernel), bias=host(head.bias), scale=head.scale, soft_cap=head.soft_cap,
                           real=self.static.real)
 

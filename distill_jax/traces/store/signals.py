@@ -87,9 +87,11 @@ class SignalRow:
 
     def at(self, index: np.ndarray) -> Any:
         """The row whose token t is this one's token `index[t]`, int [T']; -1: the teacher said nothing."""
-        said = (index >= 0) & self.mask[index]
-        spread = lambda name, x: np.where(said.reshape(-1, *[1] * (x.ndim - 1)), x[index], self.empty[name])
-        return type(self)(**{name: spread(name, x).astype(x.dtype) for name, x in self.arrays().items()})
+        moved = {name: x[index] for name, x in self.arrays().items()}
+        said = (index >= 0) & moved["mask"]
+        for name, x in moved.items():
+            x[~said] = self.empty[name]
+        return type(self)(**moved)
 
 
 @dataclass(frozen=True, kw_only=True)
