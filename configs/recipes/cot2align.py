@@ -1,6 +1,6 @@
 """CoT2Align: optimal transport between the states of student and teacher, with and without the chain of thought.
 
-Paper: Le et al. 2025 (2502.16806), section 3. On top of DSKD, for the texts with thinking (`main`) and the same ones
+Paper: Le et al. 2025 (2502.16806). On top of DSKD, for the texts with thinking (`main`) and the same ones
 without (`plain`), the transport between states of the last layer and between embeddings:
   loss = (1 - a) CE + a (L_OT + L_CST + L_CRC + L_DSKD)
   L_OT   student on plain against teacher on plain        (embeddings and last states)

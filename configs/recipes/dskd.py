@@ -1,14 +1,15 @@
 """DSKD: student and teacher compared in both hidden spaces, each with one head for both (same tokenizer).
 
-Paper: Zhang et al. 2024 (2406.17328), section 3.2, eq. 5-9. Two learned maps: `t2s` brings the teacher's last states
-into the student's space, where the student's head (a constant there) reads them; it learns by cross-entropy on the
-tokens, and the student follows its distribution. `s2t` brings the student's states into the teacher's space.
+Paper: Zhang et al. 2024 (2406.17328); code songmzhang/DSKD, `dual_space_kd.py`.
+Two learned maps: `t2s` brings the teacher's last states into the student's space, where the student's head (a constant
+there) reads them; it learns by cross-entropy on the tokens, and the student follows its distribution. `s2t` brings the
+student's states into the teacher's space.
   loss = (1 - r) CE + r (CE(t2s) + KL(t2s || student) + KL(teacher || s2t)), r = kd_rate
 Constants, from the authors' scripts (GPT-2 120M, Dolly): r = 0.5, temperature 2 on both divergences, projector learning
 rate 1e-3 (the student's there is 5e-4). Their divergences are not multiplied by temperature^2 and ours are, hence
 the weights r / 4. D is forward KL, the first of the five they compare. Guesses: the student's learning rate (as in
 `sft.py`), its batch and length, and that the maps start from a normal kernel of variance 1 / width.
-Expected: better than `kd.py` with a teacher of another width in the paper (Rouge-L +0.5 to +2); not measured here.
+Expected: better than `kd.py` with a live teacher, as in the paper; not measured here.
 Runs the teacher beside the student, in every step: no signal is read. Hardware, time: `distill-jax plan`.
 """
 

@@ -1,8 +1,9 @@
 """DSKD-CMA: dual-space KD whose two sides meet by cross-model attention, so that their tokens need not agree.
 
-Paper: Zhang et al. 2024 (2406.17328), section 3.3, eq. 10-14. A learned query of the student's token embeddings attends
-to the teacher's, which gives teacher states at the student's positions (`cma.t2s`) and student states at the teacher's
-(`cma.s2t`). The student follows `cma.t2s` only where that has the token right; a map from scratch is no teacher yet.
+Paper: Zhang et al. 2024 (2406.17328); code songmzhang/DSKD, `dual_space_kd_with_cross_model_attention.py`.
+A learned query of the student's token embeddings attends to the teacher's, which gives teacher states at the student's
+positions (`cma.t2s`) and student states at the teacher's (`cma.s2t`). The student follows `cma.t2s` only where that has
+the token right; a map from scratch is no teacher yet.
   loss = (1 - r) CE + r (CE(t2s) + KL(t2s || student) where right + KL(teacher || s2t)), r = kd_rate
 Constants, from the authors' scripts (GPT-2 120M from Qwen1.5-1.8B, Dolly): r = 0.5, temperature 2, projector learning
 rate 1e-3. As in `dskd.py` the weights of the divergences are r / temperature^2. States are divided by the root mean

@@ -1,6 +1,6 @@
 """SinKD: Sinkhorn distance between the student's and the teacher's distributions of a batch, beside KL and CE.
 
-Paper: Cui et al. 2024 (COLING, SinKD), section 3.2; code 2018cx/SinKD, `loss.py`. The published batch is one of
+Paper: Cui et al. 2024 (COLING, SinKD); code 2018cx/SinKD, `loss.py`. The published batch is one of
 classified sentences; here it is at most 256 supervised tokens of a micro-batch on each device, on the union of their
 stored ids and a tail bucket. Transport does not know which token is which, so KL must stand beside it.
 Constants: eps 0.1 and 20 iterations from the code; weights CE 1 and KL 0.1 from its T0 script. Sinkhorn's weight there

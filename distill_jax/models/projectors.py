@@ -78,7 +78,7 @@ class LinearProjector:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttention:
-    """Cross-model attention of DSKD (Zhang et al. 2024, 2406.17328, section 3.3): fields `t2s` and `s2t`.
+    """Cross-model attention of DSKD (Zhang et al. 2024, 2406.17328): fields `t2s` and `s2t`.
 
     With e the embedding of the token at a position and e' that of the next one, n(.) a division by the root mean
     square of each vector, and P_q, P_t2s, P_s2t the learned maps:

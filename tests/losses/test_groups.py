@@ -40,7 +40,7 @@ def check_gradient(loss, x, y, tolerance=2e-2, **kwargs):
     assert not np.any(np.asarray(dx)[~MASK]), "a token outside the mask moves nothing"
     norm = float(np.linalg.norm(dx))
     step = np.asarray(dx) / norm * 3e-3
-    fn = lambda x: float(np.sum(loss(states(x), states(y), **kwargs), dtype=np.float64))
+    fn = lambda x: float(np.sum(np.asarray(loss(states(x), states(y), **kwargs), np.float64)))
     np.testing.assert_allclose((fn(x + step) - fn(x - step)) / 6e-3, norm, rtol=tolerance)
     return value
 

@@ -18,7 +18,7 @@ QUERIES = 256
 def cosine_distance(student: States, teacher: States) -> Array:
     """1 - cos(x_t, y_t) for each token, x student [B,T,D], y teacher [B,T,D] -> [B,T], in [0, 2].
 
-    DistilBERT (Sanh et al. 2019, section 3). Blind to the length of the states.
+    DistilBERT (Sanh et al. 2019). Blind to the length of the states.
     """
     x, y = both(student, teacher)
     return jnp.where(student.mask, 1.0 - jnp.sum(unit(x) * unit(y), axis=-1), 0.0)
@@ -67,7 +67,7 @@ def relation_kl(student: States, teacher: States, *, heads: int = 1, causal: boo
     """KL(teacher || student) of each token's relations to the other tokens of its document: [B,T,D], [B,T,D'] -> [B,T].
 
     Relations of token t: softmax over s of x_t . x_s / sqrt(d), the states cut into `heads` parts of width d; the mean
-    over heads. MiniLMv2 (Wang et al. 2021, eq. 3-5), on states of a layer where the paper has its queries, keys or
+    over heads. MiniLMv2 (Wang et al. 2021), on states of a layer where the paper has its queries, keys or
     values. The widths may differ; the number of heads must divide both. Only tokens the term is taken on are related;
     `causal` leaves out those after t, which a decoder's state has not seen. At most [heads, QUERIES, T] at a time.
     """

@@ -41,10 +41,10 @@ def sinkhorn_distance(p: Array, q: Array, *, eps: float = 0.1, iterations: int =
                       present: Array | None = None) -> Array:
     """sum_ij P_ij W_ij / n of two sets of n distributions p, q [n,M] -> scalar; W_ij = ||p_i - q_j||_1.
 
-    Cui et al. 2024 (SinKD), section 3.2: P from K = exp(-W / eps) with rows, then columns, scaled to sum to one,
-    `iterations` times. Their loss is the sum; its total mass is n, so it is divided by n here. `present` bool [n]
-    leaves points out on both sides. Gradients flow through W and P to p only. Permuting p or q changes nothing, so
-    a term that pairs the tokens must stand beside it.
+    Cui et al. 2024 (SinKD; code 2018cx/SinKD, loss.py): P from K = exp(-W / eps) with rows, then columns, scaled to
+    sum to one, `iterations` times. Their loss is the sum; its total mass is n, so it is divided by n here. `present`
+    bool [n] leaves points out on both sides. Gradients flow through W and P to p only. Permuting p or q changes
+    nothing, so a term that pairs the tokens must stand beside it.
     """
     there: Any = jnp.ones(p.shape[0], bool) if present is None else present
     cost = l1_distances(p, jax.lax.stop_gradient(q))

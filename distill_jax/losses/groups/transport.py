@@ -16,8 +16,8 @@ def sequence_transport(student: States, teacher: States, *, eps: float = 0.1, it
     """Cost of moving a document's student states onto its teacher states: [B,T,D], [B,T',D] -> [B,T].
 
     For each document <P, C>, P the entropic plan with marginals 1/N and 1/M over the N masked student tokens and the M
-    masked teacher tokens, C_ij = 1 - cos(x_i, y_j): CoT2Align (Le et al. 2025, 2502.16806), section 3; the cost is not
-    spelled out there and cosine is our choice. A token's value is N sum_j P_ij C_ij, what it costs to move it, so that
+    masked teacher tokens, C_ij = 1 - cos(x_i, y_j): CoT2Align (Le et al. 2025, 2502.16806); cosine is our
+    choice of cost. A token's value is N sum_j P_ij C_ij, what it costs to move it, so that
     the mean over a document's tokens is <P, C> (`per="sequence"` makes every document count as one). P is a constant
     of the gradient (envelope theorem), so nothing of size [T,T'] is kept for the backward. A document without masked
     tokens on one side costs nothing.

@@ -14,7 +14,7 @@ Array = Any
 def jsd_where_right(logits: Array, target: Target, *, beta: float = 0.0, temperature: float = 1.0) -> Array:
     """`generalized_jsd` to a teacher where its most probable token is the one that stands there, elsewhere 0.
 
-    Zhang et al. 2024 (DSKD, 2406.17328), section 3.3: cross-model attention is learned from scratch, so its
+    Zhang et al. 2024 (DSKD, 2406.17328): cross-model attention is learned from scratch, so its
     distribution is a teacher only where it has the token right. logits float32 [N,V] -> float32 [N]; beta 0 is
     KL(teacher || student), 1 is KL(student || teacher); times temperature^2, which the published code does not do.
     Needs a `Full` target with its token (a provider run beside the student). Raises ValueError for other targets.
