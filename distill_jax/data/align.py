@@ -5,9 +5,9 @@ tokens. A token of one row is the same event as a token of the other when it cov
 and is the same token. Template tokens that a model writes itself (think tags, the end of the turn) match when they
 are the same token at the same place behind the same segment token.
 
-Two tokenizers fit when their learned vocabularies are equal. Added tokens may differ (R1-Distill-Qwen ends a turn
+Two tokenizers fit here when their learned vocabularies are equal. Added tokens may differ (R1-Distill-Qwen ends a turn
 with another token than Qwen2.5): they are matched by content, the end of the turn by its meaning, and outcomes
-without a counterpart fall into the tail.
+without a counterpart fall into the tail. Other pairs: `data.cross`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.tokenizer import same_real_ids
 
@@ -64,7 +65,8 @@ def token_map(source: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarra
         found = "; ".join(same_real_ids(source, target)[:4])
         raise ValueError(
             f"the teacher's tokens ({source['name']}) cannot be attached to the student's ({target['name']}): "
-            f"{found}. Score with a teacher of the student's vocabulary, or train on the text alone (cross-entropy).")
+            f"{found}. Write a store with the student's tokenizer and score that (`distill-jax score` takes a teacher "
+            "of any vocabulary), or train on the text alone (cross-entropy).")
     out = np.arange(source["real"], dtype=np.int32)
     for content, token in source["added"].items():
         out[token] = target["added"].get(content, -1)
@@ -122,7 +124,8 @@ def gather_topk(ids: np.ndarray, logprobs: np.ndarray, mask: np.ndarray, index: 
     said = (index >= 0) & mask[index]
     out, values = ids[index], logprobs[index]
     if mapping is not None:
-        out = np.where(out >= 0, mapping[np.maximum(out, 0)], -1)
+        known = (out >= 0) & (out < FOREIGN)  # what one student lacks another one lacks too, for all that is known
+        out = np.where(known, mapping[np.where(known, out, 0)], out)
     keep = said[:, None] & (out >= 0)
     return np.where(keep, out, -1).astype(np.int32), np.where(keep, values, -np.inf).astype(np.float32), said
 

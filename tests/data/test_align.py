@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import ANSWER, SUPERVISED, THINK
 from distill_jax.data import align
 from distill_jax.data.render import Style, render
@@ -73,6 +74,8 @@ def test_gather_moves_signals_and_tail():
     got_ids, got, said = align.gather_topk(ids, logprobs, mask, np.array([1, -1, 0, 2]), mapping)
     assert got_ids.tolist() == [[7, -1], [-1, -1], [5, 6], [-1, -1]] and said.tolist() == [True, False, True, False]
     assert np.allclose(np.exp(got), [[0.6, 0], [0, 0], [0.5, 0.25], [0, 0]])  # 0.3 of the first goes to the tail
+    foreign, _, _ = align.gather_topk(ids + FOREIGN, logprobs, mask, np.array([1]), mapping)
+    assert foreign.tolist() == [[FOREIGN + 7, FOREIGN + 9]]  # outcomes that no id of the student's stands for
     lp, said = align.gather_token(np.array([-1.0, -2.0, -3.0]), mask, np.array([2, 1, -1]))
     assert lp.tolist() == [0, -2, 0] and said.tolist() == [False, True, False]
 
