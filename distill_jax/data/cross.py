@@ -173,7 +173,7 @@ def _streams(source: TokenArrays, target: TokenArrays) -> tuple[_Stream, _Stream
             parts, begin, begin + row.spans[last, 1], written)})
     joined: list[list[int]] = []
     for p in sorted(found[0].keys() & found[1].keys()):
-        before = joined[-1][-1] if joined else -1
+        before = joined[-1][-1] if joined else -2
         neighbours = before == p - 1 and all(f[p][2] and f[before][2] for f in found)
         if neighbours and len({f[p][0] - f[before][0] for f in found}) == 1:
             joined[-1].append(p)
