@@ -5,9 +5,9 @@ tokens. A token of one row is the same event as a token of the other when it cov
 and is the same token. Template tokens that a model writes itself (think tags, the end of the turn) match when they
 are the same token at the same place behind the same segment token.
 
-Two tokenizers fit when their learned vocabularies are equal. Added tokens may differ (R1-Distill-Qwen ends a turn
+Two tokenizers fit here when their learned vocabularies are equal. Added tokens may differ (R1-Distill-Qwen ends a turn
 with another token than Qwen2.5): they are matched by content, the end of the turn by its meaning, and outcomes
-without a counterpart fall into the tail.
+without a counterpart fall into the tail. Other pairs: `data.cross`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -66,7 +66,8 @@ def token_map(source: Mapping[str, Any], target: Mapping[str, Any]) -> np.ndarra
         found = "; ".join(same_real_ids(source, target)[:4])
         raise ValueError(
             f"the teacher's tokens ({source['name']}) cannot be attached to the student's ({target['name']}): "
-            f"{found}. Score with a teacher of the student's vocabulary, or train on the text alone (cross-entropy).")
+            f"{found}. Write a store with the student's tokenizer and score that (`distill-jax score` takes a teacher "
+            "of any vocabulary), or train on the text alone (cross-entropy).")
     out = np.arange(source["real"], dtype=np.int32)
     for content, token in source["added"].items():
         out[token] = target["added"].get(content, -1)
@@ -130,7 +131,8 @@ def gather(row: SignalRow, index: np.ndarray, mapping: np.ndarray | None = None)
     if not isinstance(out, TopKRow | SampledRow):
         raise ValueError("hidden states cannot be attached to tokens with other ids than the teacher's: their head has "
                          "the teacher's ids. Score topk or sampled instead")
-    ids = np.where(out.ids >= 0, mapping[np.maximum(out.ids, 0)], -1).astype(np.int32)
+    known = (out.ids >= 0) & (out.ids < FOREIGN)  # what one student lacks another one lacks too, for all that is known
+    ids = np.where(known, mapping[np.where(known, out.ids, 0)], out.ids).astype(np.int32)
     lost = (out.ids >= 0) & (ids < 0)
     if isinstance(out, TopKRow):
         logprobs = np.where(lost, np.float32(-np.inf), out.logprobs)

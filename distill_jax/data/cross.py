@@ -7,8 +7,9 @@ group on each side the product over its tokens.
 
 Distributions. Where a group begins both models have read the same bytes, so the teacher's next-token distribution there
 is a target for the student's, its outcomes mapped by their bytes (`byte_map`). Inside a group it is not: the teacher
-never stood there. The same bytes are not quite the same event (a teacher's token `the` leaves out `there` where that is
-one token of its own), which no map of ids can repair; `prefix=True` repairs the part that concerns longer tokens.
+never stood there. The same bytes are not quite the same event. Where the teacher has a longer token (`there`) that the
+student writes in two, its mass belongs to the student's `the`: `prefix=True` puts it there. Where the student has the
+longer one, a part of the teacher's `the` is its `there`, and no map of ids can tell which.
 
 Faithful. A tokenizer that normalises (T5: NFKC, runs of blanks, unknown characters) reads another text than the one
 that stands there. Byte offsets still exist, likelihoods of that text do not: groups with a token whose own bytes are
@@ -173,7 +174,7 @@ def _streams(source: TokenArrays, target: TokenArrays) -> tuple[_Stream, _Stream
             parts, begin, begin + row.spans[last, 1], written)})
     joined: list[list[int]] = []
     for p in sorted(found[0].keys() & found[1].keys()):
-        before = joined[-1][-1] if joined else -1
+        before = joined[-1][-1] if joined else -2
         neighbours = before == p - 1 and all(f[p][2] and f[before][2] for f in found)
         if neighbours and len({f[p][0] - f[before][0] for f in found}) == 1:
             joined[-1].append(p)

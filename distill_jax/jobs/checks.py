@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.chat import THINK_CLOSE
 from distill_jax.data.render import render, template_id
@@ -140,7 +141,8 @@ def padded_vocabulary(p: Patient) -> list[Finding]:
         for s in reader.read(p.sample[p.sample < len(reader)][:64]):
             if isinstance(s, TopKRow | SampledRow):
                 mass = np.exp(s.logprobs.astype(np.float64)) if isinstance(s, TopKRow) else s.weights
-                outside, total = outside + mass[s.ids >= known].sum(), total + mass.sum()
+                padding = (s.ids >= known) & (s.ids < FOREIGN)
+                outside, total = outside + mass[padding].sum(), total + mass.sum()
         if outside:
             out.append(Finding(
                 check="padded vocabulary", severity="error",

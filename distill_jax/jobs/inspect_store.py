@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import ROLE_STYLE, SUPERVISED, Role
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.traces.store import HiddenRow, Row, SignalReader, TokenRow, TopKRow, TraceStore
@@ -169,6 +170,8 @@ def token_bytes(row: Row, tok: Tokenizer | None) -> list[bytes]:
 
 
 def _bytes_of(tok: Tokenizer, token: int) -> bytes:
+    if token >= FOREIGN:
+        return f"<teacher's {token - FOREIGN}>".encode()
     return tok.token_bytes(token) if 0 <= token < tok.real else f"<{token}?>".encode()
 
 

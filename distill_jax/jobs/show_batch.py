@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill_jax.core.batch import Batch, HiddenStates, TokenLogprob, TopK
+from distill_jax.core.batch import FOREIGN, Batch, HiddenStates, TokenLogprob, TopK
 from distill_jax.core.roles import ROLE_STYLE, SUPERVISED, Role
 from distill_jax.data.assemble import by_role
 from distill_jax.data.sources import BatchSource, PhasedSource
@@ -64,6 +64,8 @@ def _token_table(batch: Batch, b: int, tok: Tokenizer, count: int, start: int | 
 
 
 def _shown(tok: Tokenizer, token: int) -> str:
+    if token >= FOREIGN:
+        return f"<teacher's {token - FOREIGN}>"
     raw = tok.token_bytes(token) if 0 <= token < tok.real else f"<{token}?>".encode()
     try:
         return repr(raw.decode())

@@ -1,8 +1,11 @@
 """A teacher's signal on another rendering of the same trace."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import ANSWER, SUPERVISED, THINK
 from distill_jax.data import align
 from distill_jax.data.render import Style, render
@@ -76,6 +79,8 @@ def test_gather_moves_signals_and_tail():
     assert got.ids.tolist() == [[7, -1], [-1, -1], [5, 6], [-1, -1]] and got.mask.tolist() == [True, False, True, False]
     assert np.allclose(np.exp(got.logprobs), [[0.6, 0], [0, 0], [0.5, 0.25], [0, 0]])
     assert np.allclose(got.tail, [0.4, 1, 0.25, 1])  # 0.3 of the first, whose id is lost, goes to the tail
+    foreign = align.gather(dataclasses.replace(row, ids=ids + FOREIGN), np.array([1]), mapping)
+    assert foreign.ids.tolist() == [[FOREIGN + 7, FOREIGN + 9]]  # outcomes that no id of the student's stands for
     token = align.gather(TokenRow(logprobs=np.array([-1.0, -2.0, -3.0], np.float32), mask=mask), np.array([2, 1, -1]))
     assert token.logprobs.tolist() == [0, -2, 0] and token.mask.tolist() == [False, True, False]
 

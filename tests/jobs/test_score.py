@@ -1,13 +1,17 @@
 """`distill-jax score`: stored tokens, other templates, restarts, and pairs that do not fit."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from distill_jax.cli.main import main
+from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.render import render
+from distill_jax.data.source_specs import Store
+from distill_jax.data.sources import open_source
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.jobs import score as job
 from distill_jax.jobs.devices import parse_mesh
@@ -121,12 +125,67 @@ def test_teacher_with_another_template(tok, r1_tok, tmp_path, signal):
         assert hit > 0.9 * (np.isin(target.roles, WRITTEN) & (target.parts >= 0)).sum()
 
 
+@pytest.mark.parametrize(("signal", "across"), [("topk:5", "match"), ("topk:5", "prefix"), ("token", "match")])
+def test_teacher_with_another_vocabulary(tok, tmp_path, signal, across):
+    """A distribution stands where both begin a token at the same byte, a log-prob where both have the same token;
+    outcomes are looked up by their bytes, and no mass is made or lost."""
+    student = load_tokenizer(tiny_folder(tmp_path / "student", vocabulary=330, think=False, end="<|stop|>"))
+    store = make_store(tmp_path / "s", some_traces(6), student)
+    model, params = tiny_model(tok.real)
+    options = ScoreJob(store="", teacher="t", **OPTIONS | {"signal": signal}, name="x", across=across)
+    report = score_store(store, model, params, tok, options)
+    assert report["attached"] == f"groups/{across}"
+    assert report["coverage"] == 1 and 0.5 < report["with_distribution"] < 1
+    table = {student.token_bytes(i): i for i in range(student.real)} | {b"<|im_end|>": student.eos_ids[0]}
+    foreign = 0
+    targets = [store.row(i) for i in range(6)]
+    sources = [render(t.trace, tok) for t in targets]
+    scored = score_rows(model, params, sources, SignalSpec.parse(signal), batch_tokens=512)
+    signals = TraceStore.open(str(tmp_path / "s")).signal("x").read(range(6))
+    for got, target, source, exact in zip(signals, targets, sources, scored):
+        place = {(int(p), s): t for t, (p, s) in enumerate(zip(source.parts, source.spans[:, 0].tolist())) if p >= 0}
+        for t in np.flatnonzero((target.parts >= 0) & np.isin(target.roles, WRITTEN)):
+            at = place.get((int(target.parts[t]), int(target.spans[t, 0])))
+            same = at is not None and source.spans[at, 1] == target.spans[t, 1]
+            assert got.mask[t] == (same if signal == "token" else at is not None)
+            if not got.mask[t]:
+                continue
+            if signal == "token":
+                np.testing.assert_allclose(got.logprobs[t], exact.logprobs[at], atol=1e-4)
+                continue
+            want = {}
+            for i, p in zip(exact.ids[at].tolist(), np.exp(exact.logprobs[at])):
+                raw = tok.token_bytes(i)
+                ends = [len(raw)] if across == "match" or i >= 400 else range(len(raw), 0, -1)
+                key = next((table[raw[:n]] for n in ends if raw[:n] in table), FOREIGN + i)
+                want[key], foreign = want.get(key, 0) + p, foreign + (key >= FOREIGN)
+            assert dict(zip(got.ids[t].tolist(), np.exp(got.logprobs[t]))) | {-1: 0} == pytest.approx(
+                want | {-1: 0}, abs=1e-5)
+            assert np.exp(got.logprobs[t]).sum() + got.tail[t] == pytest.approx(1, abs=1e-5)
+        assert got.mask[-1], "the end of the turn, by its meaning"
+    if signal != "token" and across == "match":
+        assert foreign > 0
+        spec = Store(path=str(tmp_path / "s"), signals=("x",), rows=2, seq_len=96)
+        assert (open_source(spec, student, seed=0).batch(0).signals["x"].ids >= FOREIGN).any(), "they reach the losses"
+
+
 def test_pairs_that_do_not_fit(tok, r1_tok, tmp_path):
     store = make_store(tmp_path / "s", some_traces(4), tok)
     options = ScoreJob(store="", teacher="t", **OPTIONS)
-    other = load_tokenizer(tiny_folder(tmp_path / "other", vocabulary=300))
-    with pytest.raises(ValueError, match="train on the text alone"):
+    folder = tiny_folder(tmp_path / "other", vocabulary=300)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "3"}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    other = load_tokenizer(folder)
+    with pytest.raises(ValueError, match=r"row \d: of its .*changes the text.*train on the text alone"):
         score_store(store, *tiny_model(other.real), other, options)
+    wrong = dataclasses.replace(options, student_tokenizer=str(folder))
+    with pytest.raises(ValueError, match=r"did not make this store.*as --student-tokenizer"):
+        score_store(store, *tiny_model(other.real), other, wrong)
+    with pytest.raises(ValueError, match=r"cannot be loaded here.*Give --student-tokenizer"):
+        score_store(store, *tiny_model(other.real), other, dataclasses.replace(wrong, student_tokenizer="/nowhere"))
+    with pytest.raises(ValueError, match="match or prefix"):
+        dataclasses.replace(options, across="both")
     with pytest.raises(ValueError, match="4 of 4 rows are longer than the teacher's context of 8"):
         score_store(store, *tiny_model(tok.real, context=8), tok, options)
     assert store.signals() == []  # nothing was begun
