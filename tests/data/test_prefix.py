@@ -61,7 +61,7 @@ def test_prompts_alone_are_refused(tmp_path, tiny, style):
     make_store(tmp_path / "s", some_traces(20), tiny, signal="topk")
     source = open_source(Store(path=str(tmp_path / "s"), rows=4, seq_len=96, style=style, signals=("topk",),
                                prefix=Prefix(share=0.1)), tiny, seed=0)
-    with pytest.raises(ValueError, match=r"nothing to train on(.|\n)*or a prefix keep"):
+    with pytest.raises(ValueError, match=r"nothing to train on(.|\n)*or a prefix keep only"):
         source.batch(0)
 
 
