@@ -97,11 +97,9 @@ def available(names: Sequence[str], steps: int) -> tuple[list[str], dict[str, st
 
 def write(bench: Bench, results: list[dict[str, Any]], wanted: int, cannot: Mapping[str, str]) -> None:
     found = summaries(bench, results, BASELINE)
-    signals = [bench.signal(s) for s in sorted({r["signal"] for r in results} - {""})]
-    entropy = signals[0]["entropy"] if signals else None
-    value = {"machine": machine(), "date": datetime.date.today().isoformat(), "world": vars(bench.world),
-             "cells": [len(results), wanted], "teacher_entropy": entropy, "not_available": dict(cannot),
-             "methods": found}
+    value = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+             "world": vars(bench.world), "cells": [len(results), wanted], "not_available": dict(cannot),
+             "teacher_entropy": bench.signal(f"topk:{K}")["entropy"], "methods": found}
     (bench.folder / "report.json").write_text(json.dumps(value, indent=1))
     (bench.folder / "report.md").write_text(text := table(value))
     figure = plot(found)
@@ -116,10 +114,9 @@ def table(value: Mapping[str, Any]) -> str:
     lines = ["# Objectives in the generated world", ""]
     if done < wanted:
         lines += [f"**Partial: {done} of {wanted} cells.**", ""]
-    entropy = value["teacher_entropy"]
-    said = "not scored yet" if entropy is None else f"{entropy:.3f} nats a supervised token"
     lines += [f"{world['rendering']} rendering, {world['style']} thinking, {world['steps']} updates of {world['rows']} "
-              f"rows, {K} outcomes a signal; teacher's entropy {said}. {value['machine']}; {value['date']}.", "",
+              f"rows, {K} outcomes a signal; teacher's entropy {value['teacher_entropy']:.3f} nats a "
+              f"supervised token. {value['machine']}; {value['date']}.", "",
               f"| method | seeds | accuracy, k={most} | minus {BASELINE} | position gap | KL to teacher | ECE "
               "| bytes/token | s/update | peak GiB |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, m in value["methods"].items():

@@ -84,5 +84,5 @@ def check_supervised(batch: Batch, tok: Tokenizer, on: Sequence[Role] = SUPERVIS
     lines = [f"  {role.name:10} {text[:300]!r}" for role, text in by_role(main.tokens[0], main.roles[0], tok)[:40]]
     names = ", ".join(r.name for r in on)
     raise ValueError(f"nothing to train on: no token of the batch has one of the roles {names}. The first row:\n"
-                     + "\n".join(lines) + "\nIs thinking or answer missing from the traces, or do filters keep "
-                     "only prompts? `distill-jax doctor` looks further.")
+                     + "\n".join(lines) + "\nIs thinking or answer missing from the traces, or do filters or a "
+                     "prefix keep only prompts? `distill-jax doctor` looks further.")

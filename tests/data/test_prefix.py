@@ -56,6 +56,15 @@ def test_rows_and_signals_are_cut_together(tmp_path, tiny, style):
     assert seen == 40 and 0.3 < cut.describe()[0]["kept"] < 1 == whole.describe()[0]["kept"]
 
 
+@pytest.mark.parametrize("style", [Style(), Style(think_tags=False)], ids=["stored", "rendered again"])
+def test_prompts_alone_are_refused(tmp_path, tiny, style):
+    make_store(tmp_path / "s", some_traces(20), tiny, signal="topk")
+    source = open_source(Store(path=str(tmp_path / "s"), rows=4, seq_len=96, style=style, signals=("topk",),
+                               prefix=Prefix(share=0.1)), tiny, seed=0)
+    with pytest.raises(ValueError, match=r"nothing to train on(.|\n)*or a prefix keep only"):
+        source.batch(0)
+
+
 def test_a_share_of_the_questions_stays_whole(tmp_path, tiny):
     make_store(tmp_path / "s", some_traces(60), tiny)
     lengths = lambda **kw: open_source(Store(path=str(tmp_path / "s"), rows=4, seq_len=96, prefix=Prefix(
