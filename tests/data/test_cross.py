@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data import cross
-from distill_jax.data.align import gather_topk
+from distill_jax.data.align import gather
 from distill_jax.data.render import render
 from distill_jax.data.spans import byte_positions
 from distill_jax.data.tokenizer import load_tokenizer
-from distill_jax.traces.store import Row
+from distill_jax.traces.store import Row, SampledRow, TopKRow
 from distill_jax.traces.trace import simple_trace
 from tests.data.conftest import tiny_folder
 
@@ -196,9 +196,15 @@ def test_signal_goes_to_group_starts(load, teacher, student):
     assert all(a.token_bytes(source.tokens[al.pairs[t]]) == b.token_bytes(target.tokens[t]) for t in content)
     ids = np.stack([source.tokens, (source.tokens + 1) % a.real], 1)
     lp = np.log(np.tile([[0.5, 0.2]], (len(ids), 1))).astype(np.float32)
-    got, values, said = gather_topk(ids, lp, np.ones(len(ids), bool), al.index, mapping)
-    assert (said == (al.index >= 0)).all() and (got[said] >= 0).all(), "an outcome without an id keeps its place"
-    np.testing.assert_allclose(np.exp(values[said]).sum(1), 0.7, rtol=1e-5)
+    said = TopKRow(ids=ids, logprobs=lp, mask=np.ones(len(ids), bool), tail=np.full(len(ids), 0.3, np.float32))
+    got = gather(said, al.index, mapping)
+    assert (got.mask == (al.index >= 0)).all()
+    assert (got.ids[got.mask] >= 0).all(), "an outcome without an id keeps its place"
+    np.testing.assert_allclose(np.exp(got.logprobs[got.mask]).sum(1), 0.7, rtol=1e-5)
+    drawn = gather(SampledRow(ids=ids, weights=np.tile(np.float32([0.6, 0.4]), (len(ids), 1)), mask=said.mask), al.index,
+                   mapping)
+    assert (drawn.ids < FOREIGN).all(), "draws have no tail: an outcome without an id is left out"
+    np.testing.assert_allclose(drawn.weights[drawn.mask].sum(1), 1, rtol=1e-5)
 
 
 def test_a_normaliser_is_noticed(load):
