@@ -201,8 +201,8 @@ def test_signal_goes_to_group_starts(load, teacher, student):
     assert (got.mask == (al.index >= 0)).all()
     assert (got.ids[got.mask] >= 0).all(), "an outcome without an id keeps its place"
     np.testing.assert_allclose(np.exp(got.logprobs[got.mask]).sum(1), 0.7, rtol=1e-5)
-    drawn = gather(SampledRow(ids=ids, weights=np.tile(np.float32([0.6, 0.4]), (len(ids), 1)), mask=said.mask), al.index,
-                   mapping)
+    draws = SampledRow(ids=ids, weights=np.tile(np.float32([0.6, 0.4]), (len(ids), 1)), mask=said.mask)
+    drawn = gather(draws, al.index, mapping)
     assert (drawn.ids < FOREIGN).all(), "draws have no tail: an outcome without an id is left out"
     np.testing.assert_allclose(drawn.weights[drawn.mask].sum(1), 1, rtol=1e-5)
 
