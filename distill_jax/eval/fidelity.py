@@ -49,7 +49,7 @@ def known(logits: Array, target: Target, renormalised: bool = False) -> Array:
         return spread(target.weights)
     kept = spread(jnp.exp(target.logprobs))
     if renormalised:
-        return kept / jnp.sum(kept, axis=-1, keepdims=True)
+        return kept / jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True), 1e-30)
     tail = jnp.clip(1.0 - jnp.sum(kept, axis=-1, keepdims=True), 0.0, 1.0)
     others = jnp.where(spread(jnp.ones_like(target.logprobs)) > 0, 0.0, jax.nn.softmax(logits, axis=-1))
     return kept + tail * others / jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1e-30)
@@ -87,7 +87,7 @@ def sums(teacher: Array, student: Array, features: Array, tokens: Array, valid: 
     into = lambda x: jnp.zeros(BINS, jnp.float32).at[bin_].add(x * weight)
     return Sums(dot=jnp.sum(given * whole), square=jnp.sum(given * given), head=given.T @ features,
                 tv=jnp.sum(weight * 0.5 * jnp.sum(jnp.abs(p - r), axis=-1)),
-                kl=jnp.sum(weight * jnp.where(missing, jnp.inf, kl)), count=into(jnp.ones_like(weight)),
+                kl=jnp.sum(jnp.where(valid, jnp.where(missing, jnp.inf, kl), 0.0)), count=into(jnp.ones_like(weight)),
                 confidence=into(top), hits=into((jnp.argmax(r, axis=-1) == tokens).astype(jnp.float32)))
 
 
