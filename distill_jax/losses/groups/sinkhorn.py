@@ -56,9 +56,8 @@ def sinkhorn_distance(p: Array, q: Array, *, eps: float = 0.1, iterations: int =
 
 
 def l1_distances(p: Array, q: Array) -> Array:
-    """||p_i - q_j||_1 of p [n,M], q [m,M] -> [n,m], a few rows at a time: [n,m,M] never exists, nor in the backward."""
-    one = jax.checkpoint(lambda row: jnp.sum(jnp.abs(row[None, :] - q), axis=-1))
-    return jax.lax.map(one, p, batch_size=min(8, p.shape[0]))
+    """||p_i - q_j||_1 of p [n,M], q [m,M] -> [n,m], one row at a time: [n,m,M] never exists, nor in the backward."""
+    return jax.lax.map(jax.checkpoint(lambda row: jnp.sum(jnp.abs(row[None, :] - q), axis=-1)), p)
 
 
 @declare(head=True)
