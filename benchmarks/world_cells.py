@@ -54,8 +54,8 @@ class World:
     """Sizes. steps: updates of a student, the budget of every cell; written: most tokens of thinking and answer.
 
     style "extended" lets the oracle take a wrong branch that it draws: the teacher's entropy comes from there.
-    Rows of the compact world have at most 63 words and the template; at the 11,000 to 20,000 tokens/s of the quickstart's
-    models on two idle cores (docs/LOG.md) a student's 300 updates are two minutes or less. A guess until it is measured.
+    Compact rows have at most 63 words and the template. At the 11,000 to 20,000 tokens/s that the quickstart's models
+    reach on two idle cores (docs/LOG.md), a student's 300 updates take about two minutes: a guess until measured.
     """
 
     rendering: str = "compact"
