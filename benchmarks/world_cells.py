@@ -54,6 +54,8 @@ class World:
     """Sizes. steps: updates of a student, the budget of every cell; written: most tokens of thinking and answer.
 
     style "extended" lets the oracle take a wrong branch that it draws: the teacher's entropy comes from there.
+    Compact rows have at most 63 words and the template. At the 11,000 to 20,000 tokens/s that the quickstart's models
+    reach on two idle cores (docs/LOG.md), a student's 300 updates take about two minutes: a guess until measured.
     """
 
     rendering: str = "compact"
@@ -74,7 +76,7 @@ class World:
 
 WORLDS = {
     "compact": World(),
-    # Not known to be learned: a student of this size has not been trained on running text to the end (docs/LOG.md).
+    # Not known to be learned: no model of this size has been trained on running text so far.
     "rich": World(rendering="rich", style="minimal", vocab=3072, seq_len=512, written=96, rows=16, base_steps=2000,
                   teacher_steps=1000, questions=4000, asked=100),
     "smoke": World(rows=8, lesson_steps=(2, 2, 2), base_steps=8, teacher_steps=3, steps=4, questions=48, asked=4,

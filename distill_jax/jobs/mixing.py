@@ -31,7 +31,7 @@ class DomainSteering:
         assert mix.controller is not None
         self.spec, self._opened, self._mesh = mix.controller, opened, mesh
         heldout = lambda s: dataclasses.replace(s, split="heldout", rows=mix.rows, prefix=None, max_rows=None,
-                                                signals=(mix.controller.teacher,))
+                                                signals=(self.spec.teacher,))
         self._heldout = [open_source(heldout(s), tokenizer, seed=seed) for s in mix.sources]
         for store, source in zip(mix.sources, self._heldout, strict=True):
             _check_signal(store, source.signals[self.spec.teacher].kind, self.spec.teacher)

@@ -29,7 +29,7 @@ def recalibrate(context: RunContext, *, store: str, signal: str = "topk64", name
     calibrate on.
     """
     traces = TraceStore.open(store)
-    reader = traces.signal(signal)
+    reader: Any = traces.signal(signal)  # topk rows, once its header was looked at
     if reader.header.kind != "topk" or reader.header.k < k:
         raise ValueError(f"{store}: recalibrate reads a topk signal with at least k={k} outcomes; {signal!r} is "
                          f"{reader.header.kind} with k={reader.header.k}")
@@ -60,7 +60,8 @@ def changed(row: TopKRow, k: int, how: str, value: float) -> TopKRow:
 def _held_out_tokens(store: TraceStore, signal: str, rows: np.ndarray, k: int,
                      most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(log-probs [n,k], whether the first outcome stands there [n]) of the supervised tokens, some rows at a time."""
-    reader, seen = store.signal(signal), 0
+    reader: Any = store.signal(signal)
+    seen = 0
     for begin in range(0, len(rows), ROWS):
         ids = rows[begin:begin + ROWS]
         for row, said in zip(store.read(ids), reader.read(ids), strict=True):
