@@ -243,5 +243,6 @@ def _said(signal: Any, t: int, tok: Tokenizer | None) -> str:
         return f"norm {np.linalg.norm(signal.states[t].astype(np.float32)) * signal.scales[t]:.4g}"
     shares = np.exp(signal.logprobs[t, :3]) if isinstance(signal, TopKRow) else signal.weights[t, :3]
     name = lambda i: str(i) if tok is None else _shown(_bytes_of(tok, i))
-    rest = [f"tail {signal.tail[t]:.3g}"] if isinstance(signal, TopKRow) else [f"{(signal.ids[t] >= 0).sum()} drawn"]
+    tail = signal.tail if isinstance(signal, TopKRow) else None
+    rest = [f"tail {tail[t]:.3g}"] if tail is not None else [f"{(signal.ids[t] >= 0).sum()} drawn"]
     return "  ".join([f"{name(int(i))} {p:.3f}" for i, p in zip(signal.ids[t, :3], shares) if i >= 0] + rest)

@@ -30,7 +30,7 @@ from distill_jax.data.render import render, template_id
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.progress import Ticker
 from distill_jax.rollout.scoring import Scorer, SignalSpec, Totals
-from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, TraceStore, blank
+from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, TokenRow, TraceStore, blank
 from distill_jax.traces.store.shards import Commit
 from distill_jax.traces.trace import Trace
 

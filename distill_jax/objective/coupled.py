@@ -97,7 +97,8 @@ class CoupledTerm:
         """{"<provider>/<view>": layers it reads of them}."""
         out: dict[str, tuple[Layer, ...]] = {self.student: tuple(pair[0] for pair in self.layers)}
         if not self.signal:
-            out[self.target] = out.get(self.target, ()) + tuple(pair[1] for pair in self.layers)
+            theirs: tuple[Layer, ...] = tuple(pair[1] for pair in self.layers)
+            out[self.target] = out.get(self.target, ()) + theirs
         return out
 
 

@@ -153,9 +153,9 @@ class Scorer:
     def head(self) -> StoredHead:
         """The teacher's head on the host in its compute dtype, as a `hidden` signal stores it."""
         head: Head = self.model.head(self.params)
-        host = lambda x: None if x is None else _storable(jax.device_get(x.astype(self.model.dtype)))
-        return StoredHead(kernel=host(head.kernel), bias=host(head.bias), scale=head.scale, soft_cap=head.soft_cap,
-                          real=self.static.real)
+        host = lambda x: _storable(jax.device_get(x.astype(self.model.dtype)))
+        return StoredHead(kernel=host(head.kernel), bias=None if head.bias is None else host(head.bias),
+                          scale=head.scale, soft_cap=head.soft_cap, real=self.static.real)
 
     def __call__(self, rows: Sequence[Rows]) -> tuple[list[SignalRow], Totals]:
         """The signal of every row, in order, and sums for the report. Deterministic: the same rows give the same

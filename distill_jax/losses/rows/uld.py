@@ -92,7 +92,8 @@ def _by_rank(logits: Array, logprobs: Array, ranked: Array, known: Array, grad_d
     k = min(ranked.shape[-1], logits.shape[-1])
     top, ids = jax.lax.top_k(still, k)
     ids = jnp.where((jnp.arange(k)[None] < jnp.sum(ranked, axis=-1)[:, None]) & (top > _ABSENT), ids, -1)
-    q, q_tail = kept_and_tail(logits, jnp.concatenate([ids, known], axis=-1), grad_dtype)
+    student: Any = kept_and_tail(logits, jnp.concatenate([ids, known], axis=-1), grad_dtype)
+    q, q_tail = student
     mass = lambda x: jnp.where(x > _ABSENT, jnp.exp(x), 0.0)
     p = -jnp.sort(-jnp.where(ranked, jnp.exp(logprobs), 0.0), axis=-1)
     # A known id that the student's head does not have is in its tail, so in the teacher's too.

@@ -64,7 +64,7 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-Found = tuple[Sequence[Token], Sequence[Mapping[Token, float]]] | None
+Found = tuple[Sequence[Token], Sequence[Mapping[Any, float]]] | None
 
 
 def _vllm(row: Mapping[str, Any]) -> Found:
