@@ -7,6 +7,7 @@ import pytest
 from distill_jax.core import spec
 from distill_jax.objective.term import build_objective
 from distill_jax.recipe import Recipe, Stage, load_recipe, resolve
+from distill_jax.train.sources import provider_of
 
 RECIPES = sorted(p for p in (Path(__file__).parents[1] / "configs/recipes").glob("*.py") if p.stem != "__init__")
 
@@ -25,8 +26,8 @@ def check_stage(recipe: Recipe, stage: Stage) -> None:
     objective = build_objective(stage.terms)
     objective.init()
     assert set(objective.signals) <= set(stage.source.signals)
-    assert {s.split("/")[0] for s in objective.sources} <= set(stage.providers)
-    for provider in stage.providers.values():
+    assert {provider_of(s) for s in objective.sources} <= set(stage.providers)
+    for provider in stage.models.values():
         resolve(recipe, provider.model or "")
 
 

@@ -5,12 +5,13 @@ Two learned maps: `t2s` brings the teacher's last states into the student's spac
 there) reads them; it learns by cross-entropy on the tokens, and the student follows its distribution. `s2t` brings the
 student's states into the teacher's space.
   loss = (1 - r) CE + r (CE(t2s) + KL(t2s || student) + KL(teacher || s2t)), r = kd_rate
-Constants, from the authors' scripts (GPT-2 120M, Dolly): r = 0.5, temperature 2 on both divergences, projector learning
+Constants: from the authors' scripts (GPT-2 120M, Dolly) r = 0.5, temperature 2 on both divergences, projector learning
 rate 1e-3 (the student's there is 5e-4). Their divergences are not multiplied by temperature^2 and ours are, hence
 the weights r / 4. D is forward KL, the first of the five they compare. Guesses: the student's learning rate (as in
 `sft.py`), its batch and length, and that the maps start from a normal kernel of variance 1 / width.
 Expected: better than `kd.py` with a live teacher, as in the paper; not measured here.
-Runs the teacher beside the student, in every step: no signal is read. Hardware, time: `distill-jax plan`.
+Runs the teacher beside the student, in every step: no signal is read.
+Hardware, time: `distill-jax plan configs/recipes/dskd.py --on h200:1`.
 """
 
 from distill_jax.data.source_specs import Store

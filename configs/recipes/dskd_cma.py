@@ -5,13 +5,14 @@ A learned query of the student's token embeddings attends to the teacher's, whic
 positions (`cma.t2s`) and student states at the teacher's (`cma.s2t`). The student follows `cma.t2s` only where that has
 the token right; a map from scratch is no teacher yet.
   loss = (1 - r) CE + r (CE(t2s) + KL(t2s || student) where right + KL(teacher || s2t)), r = kd_rate
-Constants, from the authors' scripts (GPT-2 120M from Qwen1.5-1.8B, Dolly): r = 0.5, temperature 2, projector learning
+Constants: from the authors' scripts (GPT-2 120M from Qwen1.5-1.8B, Dolly) r = 0.5, temperature 2, projector learning
 rate 1e-3. As in `dskd.py` the weights of the divergences are r / temperature^2. States are divided by the root mean
 square of each vector; the published code divides by one standard deviation of the padded batch. Guesses: the student's
 learning rate, batch and length (as in `sft.py`), and the start of the maps.
 Both views are `main` here (teacher and student of one tokenizer); for two tokenizers give `teacher_view` a view
 with the same rows and segment numbers.
 Expected: above `dskd.py` across tokenizers in the paper; not measured here. Keeps one [T, T] attention per row.
+Hardware, time: `distill-jax plan configs/recipes/dskd_cma.py --on h200:1`.
 """
 
 from distill_jax.data.source_specs import Store

@@ -9,6 +9,7 @@ Guesses: that token batch and its size, temperature 1 instead of 2 (a top-k tail
 beside the student, target="teacher/main", for 2), learning rate and lengths (as in `sft.py`).
 Expected: a little above `kd.py` in the paper's GLUE tables; unknown for token batches.
 Before it: `distill-jax score traces/ --teacher MODEL --signal topk:64`.
+Hardware, time: `distill-jax plan configs/recipes/sinkd.py --on h200:1`.
 """
 
 from distill_jax.data.source_specs import Store

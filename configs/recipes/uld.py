@@ -1,6 +1,7 @@
 """ULD: a teacher with another tokenizer, compared by rank (Universal Logit Distillation), beside cross-entropy.
 
-Paper: Boizard et al. 2024 (2402.12030). Loss: cross-entropy + 1.5 ULD, temperatures 1 (their code's distil_factor).
+Paper: Boizard et al. 2024 (2402.12030).
+Constants: cross-entropy + 1.5 ULD, temperatures 1 (their code's distil_factor).
 What differs: the paper pairs position t of both tokenisations and cuts the longer one, so that the pairs drift apart
 along the answer; here a position is compared where both have read the same bytes (`data/cross.py`). Ranks beyond k = 64
 are compared as one tail (a lower bound of the full loss); k is a guess, and so are the learning rate and the steps.

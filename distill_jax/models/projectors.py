@@ -155,8 +155,9 @@ def linear(params: Params, x: Array) -> Array:
 
 def unit_rms(x: Array) -> Array:
     """Each vector x [...,D] divided by its root mean square; zero where it is zero."""
-    square = jnp.mean(jnp.square(x.astype(wide(x))), axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.maximum(square, 1e-20))).astype(x.dtype)
+    full = x.astype(wide(x))
+    square = jnp.mean(jnp.square(full), axis=-1, keepdims=True)
+    return (full * jax.lax.rsqrt(jnp.maximum(square, 1e-20))).astype(x.dtype)
 
 
 def masked_softmax(scores: Array, allowed: Array, axis: int) -> Array:
