@@ -1,10 +1,10 @@
 """Hybrid ULD (GOLD, offline): by id where both vocabularies have the token, by rank where only the teacher has it.
 
-Paper: none; Patino et al. 2025, "Unlocking on-policy distillation for any model family" (GOLD), and TRL's
+Paper: none; Patino et al. 2025 (GOLD, "Unlocking on-policy distillation for any model family") and TRL's
 `GOLDTrainer`: generalised JSD with beta 0.5 on the matched ids, ULD on the others.
 Constants: TRL weighs the two by the share of the teacher's vocabulary that is matched and leaves cross-entropy out; the
-weights 1 and 1 here, and 0.1 of cross-entropy, which the tokens inside a group need because no distribution reaches them, are guesses. GOLD trains on the student's own samples;
-this recipe reads stored traces.
+weights 1 and 1 here, and 0.1 of cross-entropy, which the tokens inside a group need because no distribution reaches
+them, are guesses. GOLD trains on the student's own samples; this recipe reads stored traces.
 What differs: groups by bytes instead of merged distributions (TRL multiplies the first token's distribution by the
 likelihood of the rest, which is no distribution any more); one bucket for all mass beside the matched ids, so that the
 first part stays a divergence. k, learning rate and steps are guesses.
