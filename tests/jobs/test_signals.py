@@ -114,8 +114,8 @@ def test_fidelity_of_a_scored_store(scored):
     got = report["signals"]
     assert report["tokens"] == 100
     assert got["hidden"]["angle_logits"] < 1 < got["sampled16"]["angle_logits"]
-    assert got["hidden"]["kl"] < 1e-3 and got["hidden"]["angle_head"] < 1e-2 < got["topk64"]["angle_head"] < 30
-    assert got["topk64, renormalised"]["angle_head"] > 1e-2
+    assert got["hidden"]["kl"] < 1e-3 and got["hidden"]["angle_head"] < got["topk64"]["angle_head"]
+    assert got["hidden"]["angle_head"] < got["topk64, renormalised"]["angle_head"]
     mask = sum(int(r.mask.sum()) for r in store.signal("topk64").read(range(len(store))))
     size = sum(b for c in store.signal("topk64").shards for m in c.arrays.values() for b, _ in m.files.values())
     assert got["topk64"]["bytes_per_token"] == pytest.approx(size / mask, rel=1e-6)
