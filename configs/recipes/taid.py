@@ -1,6 +1,6 @@
 """TAID: a target that moves from the student's own distribution to the teacher's as training allows.
 
-Paper: Shing et al. 2025 (2501.16937); section 3 and the authors' code for the schedule. No cross-entropy term, as
+Paper: Shing et al. 2025 (2501.16937) and the authors' code for the schedule. No cross-entropy term, as
 there.
 Constants: t from 0.4 (their Phi-3-mini -> TinyLlama; 0.2 for a weaker student), to 1, alpha 5e-4, beta 0.99 are theirs;
 the linear ramp ends with the training. A guess: the top-k completion by one tail bucket (theirs has the whole teacher),

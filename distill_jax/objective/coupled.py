@@ -25,11 +25,11 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule
 from distill_jax.losses.groups.states import States
+from distill_jax.objective.chunks import ROW_AXES
 from distill_jax.objective.controllers import Controller
 from distill_jax.objective.lift import shift, unshift
 
 Array = Any
-ROW_AXES = ("data", "fsdp")
 
 Layer = int | Literal["embedding", "final"]
 """A layer's output by number (from 0, negative from the end), what the first layer reads, or what the head reads."""

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from distill_jax.core.batch import TopK
 from distill_jax.core.head import NEG, wide
 from distill_jax.losses.groups.states import States, declare
-from distill_jax.losses.rows.outcomes import kept_and_tail
+from distill_jax.losses.rows.outcomes import ABSENT, kept_and_tail
 
 Array = Any
-_ABSENT = NEG / 2
 
 
 def log_plan(cost: Array, log_rows: Array, log_columns: Array, *, eps: float, iterations: int,
@@ -104,7 +103,7 @@ def _tempered(logits: Array, teacher: Array, temperature: float) -> tuple[Array,
     """(student's, teacher's) probabilities [n,M] over the ids both heads have."""
     vocab = min(logits.shape[-1], teacher.shape[-1])
     z, t = (x[:, :vocab].astype(wide(logits)) for x in (logits, jax.lax.stop_gradient(teacher)))
-    real = (z > _ABSENT) & (t > _ABSENT)
+    real = (z > ABSENT) & (t > ABSENT)
     return tuple(jax.nn.softmax(jnp.where(real, x / temperature, NEG), axis=-1) for x in (z, t))  # type: ignore
 
 
@@ -117,7 +116,7 @@ def _on_union(logits: Array, signal: Any, temperature: float, gather: Any) -> tu
         raise ValueError(f"temperature={temperature} with a top-k signal: the tail is a sum over ids and cannot be "
                          "tempered. Use temperature=1, or run the teacher beside the student")
     vocab = logits.shape[-1]
-    stored = (signal.ids >= 0) & (signal.ids < vocab) & (signal.logprobs > _ABSENT)
+    stored = (signal.ids >= 0) & (signal.ids < vocab) & (signal.logprobs > ABSENT)
     ids = jnp.where(stored, signal.ids, vocab)
     every = gather(ids)
     union = jnp.unique(every, size=every.size, fill_value=vocab)

@@ -63,7 +63,7 @@ def skew_forward_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1
                     temper: Temper = "exact") -> Array:
     """KL(p || alpha p + (1-alpha) q) * tau^2, p teacher, q student: forward KL that is at most -log alpha.
 
-    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is forward KL; it may be a schedule. Raises
+    DistiLLM (Ko et al. 2024, 2402.03898), alpha 0.1. alpha = 0 is forward KL; it may be a schedule. Raises
     ValueError for a number outside [0, 1).
     """
     _check_alpha(alpha)
@@ -75,7 +75,7 @@ def skew_reverse_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1
                     temper: Temper = "exact") -> Array:
     """KL(q || (1-alpha) p + alpha q) * tau^2, p teacher, q student: reverse KL that is at most -log alpha.
 
-    DistiLLM (Ko et al. 2024, 2402.03898), section 3.1, alpha 0.1. alpha = 0 is reverse KL; it may be a schedule. Raises
+    DistiLLM (Ko et al. 2024, 2402.03898), alpha 0.1. alpha = 0 is reverse KL; it may be a schedule. Raises
     ValueError for a number outside [0, 1).
     """
     _check_alpha(alpha)

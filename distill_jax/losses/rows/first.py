@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.core.head import NEG, wide
-from distill_jax.losses.rows.outcomes import log_normalizer
+from distill_jax.losses.rows.outcomes import ABSENT, log_normalizer
 from distill_jax.losses.targets import Target, TopKTarget
 
 Array = Any
-_ABSENT = NEG / 2
 
 
 def renormalised_kl(logits: Array, target: Target, *, k: int = 5, temperature: float = 1.0) -> Array:
@@ -35,7 +34,7 @@ def renormalised_kl(logits: Array, target: Target, *, k: int = 5, temperature: f
     ids = jnp.take_along_axis(target.ids, at, axis=-1)
     inside = (ids >= 0) & (ids < logits.shape[-1])
     z = jnp.take_along_axis(logits.astype(dtype), jnp.where(inside, ids, 0), axis=-1)
-    there = inside & (log_p > _ABSENT) & (jax.lax.stop_gradient(z) > _ABSENT)
+    there = inside & (log_p > ABSENT) & (jax.lax.stop_gradient(z) > ABSENT)
     some = jnp.any(there, axis=-1)
     log_t, log_s = (_normalised(jnp.where(there, x, NEG), some) for x in (log_p / temperature, z))
     terms = jnp.where(there, jnp.exp(log_t) * (log_t - log_s), jnp.zeros_like(log_s))

@@ -25,7 +25,7 @@ Array = Any
 TAIL_FLOOR = 1e-7
 """Smallest tail mass a teacher may have: float32 cannot tell 1 - sum(kept) from 0 below this."""
 
-_ABSENT = NEG / 2  # logits below it belong to ids that do not exist
+ABSENT = NEG / 2  # logits below it belong to ids that do not exist
 
 
 @jax.custom_vjp
@@ -70,13 +70,13 @@ def _kept_and_tail_fwd(logits: Array, ids: Array, grad_dtype: Any) -> tuple[tupl
     rows, vocab = logits.shape
     inside = (ids >= 0) & (ids < vocab)
     z = jnp.take_along_axis(logits, jnp.where(inside, ids, 0), axis=-1)
-    present = inside & (z > _ABSENT)
+    present = inside & (z > ABSENT)
     slots = jnp.where(present, ids, vocab)  # out of range: dropped by the scatters
     row = jnp.arange(rows)[:, None]
     is_kept = jnp.zeros((rows, vocab), bool).at[row, slots].set(True, mode="drop")
     # `where` outside the exponential: the two reductions then read the logits, not a masked copy of them.
     top = jnp.max(jnp.where(is_kept, NEG, logits), axis=-1)
-    has_tail = top > _ABSENT
+    has_tail = top > ABSENT
     rest = jnp.sum(jnp.where(is_kept, 0.0, jnp.exp(logits - jnp.where(has_tail, top, -NEG)[:, None])), axis=-1)
     tail_norm = jnp.where(has_tail, top + jnp.log(jnp.where(has_tail, rest, 1.0)), NEG)
     norm = jnp.logaddexp(tail_norm, log_normalizer(jnp.where(present, z, NEG)))
@@ -87,10 +87,10 @@ def _kept_and_tail_fwd(logits: Array, ids: Array, grad_dtype: Any) -> tuple[tupl
 
 def _kept_and_tail_bwd(grad_dtype: Any, saved: tuple[Array, ...], grads: tuple[Array, Array]) -> tuple[Array, None]:
     logits, slots, is_kept, norm, tail_norm, kept, tail = saved
-    g_kept = jnp.where(kept > _ABSENT, grads[0], 0.0)
-    g_tail = jnp.where(tail > _ABSENT, grads[1], 0.0)
+    g_kept = jnp.where(kept > ABSENT, grads[0], 0.0)
+    g_tail = jnp.where(tail > ABSENT, grads[1], 0.0)
     total = jnp.sum(g_kept, axis=-1) + g_tail
-    tail_norm = jnp.where(tail > _ABSENT, tail_norm, -NEG)  # exp(logits - tail_norm) = 0 without a tail
+    tail_norm = jnp.where(tail > ABSENT, tail_norm, -NEG)  # exp(logits - tail_norm) = 0 without a tail
     others = g_tail[:, None] * jnp.exp(logits - tail_norm[:, None]) - total[:, None] * jnp.exp(logits - norm[:, None])
     # Set, not add: the kept entries of `others` may be huge where the tail is tiny, and would cancel badly.
     row = jnp.arange(logits.shape[0])[:, None]
@@ -140,14 +140,14 @@ def drawn(logits: Array, target: SampledTarget) -> tuple[Array, Array]:
     logits = logits.astype(wide(logits))
     weights = jax.lax.stop_gradient(target.weights.astype(logits.dtype))
     student: Any = kept_and_tail(logits, jnp.where(weights > 0, target.ids, -1), target.grad_dtype)
-    return student[0], jnp.where(jax.lax.stop_gradient(student[0]) > _ABSENT, weights, 0.0)
+    return student[0], jnp.where(jax.lax.stop_gradient(student[0]) > ABSENT, weights, 0.0)
 
 
 def _full(logits: Array, target: Full, temperature: Any) -> tuple[Array, Array]:
     vocab = min(logits.shape[-1], target.logits.shape[-1])
     z = logits[:, :vocab].astype(wide(logits))
     t = jax.lax.stop_gradient(target.logits[:, :vocab].astype(z.dtype))
-    real = (z > _ABSENT) & (t > _ABSENT)
+    real = (z > ABSENT) & (t > ABSENT)
     z = jnp.where(real, z / temperature, NEG)
     t = jnp.where(real, t / temperature, NEG)
     return z - log_normalizer(z)[:, None], t - log_normalizer(t)[:, None]
@@ -164,14 +164,14 @@ def _topk(logits: Array, target: TopKTarget) -> tuple[Array, Array]:
 def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: Temper) -> tuple[Array, Array]:
     """The student exactly; the teacher's kept outcomes up to the common factor that S decides (`tempering`)."""
     logits = logits.astype(wide(logits))
-    real = logits > _ABSENT
+    real = logits > ABSENT
     hot = jnp.where(real, logits / temperature, NEG)
     ids, logprobs = _stored(target, logits.dtype)
     student: Any = kept_and_tail(hot, ids, target.grad_dtype)
     kept, tail = jax.lax.stop_gradient(student)
     teacher_kept, log_mass = _teacher(logprobs, kept, tail)
-    lacking = (ids >= 0) & (kept <= _ABSENT)  # known to the teacher, but in this student's tail
-    count = jnp.sum(real, axis=-1) - jnp.sum(kept > _ABSENT, axis=-1) + jnp.sum(lacking, axis=-1)
+    lacking = (ids >= 0) & (kept <= ABSENT)  # known to the teacher, but in this student's tail
+    count = jnp.sum(real, axis=-1) - jnp.sum(kept > ABSENT, axis=-1) + jnp.sum(lacking, axis=-1)
     smallest = jnp.min(jnp.where(ids >= 0, logprobs, 0.0), axis=-1)
     top_is_known = ~jnp.any(lacking, axis=-1) & (ids.shape[-1] > 1)  # one kept id need not be the most probable
     log_top = jnp.where(top_is_known, jnp.minimum(smallest, log_mass), log_mass)
@@ -183,7 +183,7 @@ def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: 
         of_student = tail + log_normalizer(jax.lax.stop_gradient(hot)) - log_normalizer(z) / temperature
         log_s = jnp.clip(of_student + (log_mass - cold[1]) / temperature, jnp.minimum(even, packed),
                          jnp.maximum(even, packed))
-    there = jnp.concatenate([kept, tail[:, None]], axis=-1) > _ABSENT
+    there = jnp.concatenate([kept, tail[:, None]], axis=-1) > ABSENT
     teacher = jnp.where(there, _joined(teacher_kept / temperature, log_s), NEG)
     return _joined(*student), jnp.where(there, teacher - log_normalizer(teacher)[:, None], NEG)
 
@@ -191,14 +191,14 @@ def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: 
 def _stored(target: TopKTarget, dtype: Any) -> tuple[Array, Array]:
     """(ids, logprobs) with -1 where nothing is stored; no gradient."""
     logprobs = jax.lax.stop_gradient(target.logprobs.astype(dtype))
-    return jnp.where((target.ids >= 0) & (logprobs > _ABSENT), target.ids, -1), logprobs
+    return jnp.where((target.ids >= 0) & (logprobs > ABSENT), target.ids, -1), logprobs
 
 
 def _teacher(logprobs: Array, kept: Array, tail: Array) -> tuple[Array, Array]:
     """The teacher's (kept [N,K], tail [N]) for a student's: NEG where the student's is, the rest is tail."""
-    teacher_kept = jnp.where(kept > _ABSENT, logprobs, NEG)
+    teacher_kept = jnp.where(kept > ABSENT, logprobs, NEG)
     mass = 1.0 - jnp.sum(jnp.exp(teacher_kept), axis=-1)
-    return teacher_kept, jnp.where(tail > _ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)
+    return teacher_kept, jnp.where(tail > ABSENT, jnp.log(jnp.clip(mass, TAIL_FLOOR, 1.0)), NEG)
 
 
 def _joined(kept: Array, tail: Array) -> Array:

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from distill_jax.core.batch import FOREIGN
 from distill_jax.core.head import NEG, wide
 from distill_jax.losses.rows.divergences import generalized_jsd
-from distill_jax.losses.rows.outcomes import kept_and_tail, log_normalizer
+from distill_jax.losses.rows.outcomes import ABSENT, kept_and_tail, log_normalizer
 from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
-_ABSENT = NEG / 2
 
 
 def uld(logits: Array, target: Target, *, temperature: float = 1.0) -> Array:
@@ -79,7 +78,7 @@ def hybrid_uld(logits: Array, target: Target, *, beta: float = 0.5, matched: flo
 def _stored(target: TopKTarget, dtype: Any) -> tuple[Array, Array]:
     """(bool [N,K]: outcomes that are there, log-probs [N,K])."""
     logprobs = jax.lax.stop_gradient(target.logprobs.astype(dtype))
-    return (target.ids >= 0) & (logprobs > _ABSENT), logprobs
+    return (target.ids >= 0) & (logprobs > ABSENT), logprobs
 
 
 def _by_rank(logits: Array, logprobs: Array, ranked: Array, known: Array, grad_dtype: Any) -> Array:
@@ -91,13 +90,13 @@ def _by_rank(logits: Array, logprobs: Array, ranked: Array, known: Array, grad_d
     still = still.at[row, jnp.where(inside, known, logits.shape[-1])].set(NEG, mode="drop")
     k = min(ranked.shape[-1], logits.shape[-1])
     top, ids = jax.lax.top_k(still, k)
-    ids = jnp.where((jnp.arange(k)[None] < jnp.sum(ranked, axis=-1)[:, None]) & (top > _ABSENT), ids, -1)
+    ids = jnp.where((jnp.arange(k)[None] < jnp.sum(ranked, axis=-1)[:, None]) & (top > ABSENT), ids, -1)
     student: Any = kept_and_tail(logits, jnp.concatenate([ids, known], axis=-1), grad_dtype)
     q, q_tail = student
-    mass = lambda x: jnp.where(x > _ABSENT, jnp.exp(x), 0.0)
+    mass = lambda x: jnp.where(x > ABSENT, jnp.exp(x), 0.0)
     p = -jnp.sort(-jnp.where(ranked, jnp.exp(logprobs), 0.0), axis=-1)
     # A known id that the student's head does not have is in its tail, so in the teacher's too.
-    held = ranked | (q[:, k:] > _ABSENT) if known.shape[-1] else ranked
+    held = ranked | (q[:, k:] > ABSENT) if known.shape[-1] else ranked
     p_tail = jnp.clip(1.0 - jnp.sum(jnp.where(held, jnp.exp(logprobs), 0.0), axis=-1), 0.0, 1.0)
     student = jnp.pad(mass(q[:, :k]), ((0, 0), (0, ranked.shape[-1] - k)))
     return jnp.sum(jnp.abs(student - p), axis=-1) + jnp.abs(mass(q_tail) - p_tail)
@@ -109,7 +108,7 @@ def _paired(logits: Array, teacher: Array, temperature: float) -> Array:
     width = max(x.shape[-1] for x in sides)
     out = []
     for x in sides:
-        z = jnp.where(x > _ABSENT, x / temperature, NEG)
+        z = jnp.where(x > ABSENT, x / temperature, NEG)
         p = jnp.exp(z - log_normalizer(z)[:, None])
         out.append(jnp.pad(-jnp.sort(-p, axis=-1), ((0, 0), (0, width - x.shape[-1]))))
     return out[0] - out[1]
