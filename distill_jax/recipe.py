@@ -22,6 +22,7 @@ from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.coupled import CoupledTerm, Layer
 from distill_jax.objective.term import Term
+from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.train.optim import AdamW
 
 Precision = Literal["float32", "bfloat16"]
@@ -140,6 +141,7 @@ class Stage:
     micro_batches  gradient accumulation; does not change the gradient (but see `objective.coupled` for what couples
                    rows)
     heldout        rows of the source's held-out split on which the loss is reported at the end (0: none)
+    on_policy      sequences the student writes itself, beside those of the source or in their place
     """
 
     name: str = "train"
@@ -153,10 +155,15 @@ class Stage:
     saving: Saving = Saving()
     log_every: int = 20
     heldout: int = 0
+    on_policy: OnPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        stored = sorted(n for n, t in self.terms.items() if t.target.startswith("signals/"))
+        if self.on_policy and (stored or getattr(self.source, "controller", None)):
+            raise ValueError(f"on_policy: nothing is stored for what the student writes, so terms {stored} need a live "
+                             'teacher (target="teacher/main"), and the shares of a Mix cannot be steered')
         if not any(p.trainable for p in self.models.values()):
             raise ValueError(f"stage {self.name!r} trains no model: no provider has trainable=True")
         for name, projector in self.projectors.items():

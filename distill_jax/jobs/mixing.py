@@ -50,6 +50,14 @@ class DomainSteering:
         taken = self._opened.mixed(state).taken_before(step)
         return mixture.steered(state, self.gaps(params), self.spec.alpha, step, taken)
 
+    def numbers(self, state: Mapping[str, Any]) -> dict[str, float]:
+        """Shares of the sources, by their number."""
+        return {f"share/{i}": float(x) for i, x in enumerate(state["shares"])}
+
+    def initial(self) -> mixture.State:
+        """Before anything was measured."""
+        return mixture.initial(self._opened.shares)
+
     def gaps(self, params: Mapping[str, Any]) -> np.ndarray:
         """Student's perplexity / teacher's on each source [N]; 0 tokens (no signal) give NaN, which `steered` names."""
         out = []

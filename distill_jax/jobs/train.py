@@ -15,12 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core import spec
 from distill_jax.core.head import Head
-from distill_jax.data import mixture
 from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
 from distill_jax.jobs.mixing import steering_of
+from distill_jax.jobs.on_policy import OnPolicySteering
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
@@ -34,7 +34,7 @@ from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
-from distill_jax.train.loop import MIXTURE, Evaluation, Run, fit
+from distill_jax.train.loop import STEERED, Evaluation, Run, fit
 from distill_jax.train.sources import provider_of
 from distill_jax.train.state import create_state
 from distill_jax.train.step import StepConfig, make_evaluation, with_views
@@ -116,9 +116,12 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.views, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
-    steering = steering_of(where, source, student.tokenizer, student=next(iter(trained)), model=student.model,
-                           mesh=mesh, seed=context.seed)
-    controllers = objective.init() | ({MIXTURE: mixture.initial(where.weights)} if steering else {})
+    opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
+    if stage.on_policy is not None:
+        steering = OnPolicySteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
+    else:
+        steering = steering_of(where, source, student.tokenizer, **opened)
+    controllers = objective.init() | ({STEERED: steering.initial()} if steering else {})
     state = create_state(trained, optimizers, mesh=mesh, seed=context.seed, controllers=controllers)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))

@@ -62,12 +62,12 @@ class Evaluation:
     every: int = 0
 
 
-MIXTURE = "mixture"
+STEERED = "source"
 """Key of a steered source's state among the controllers of the train state."""
 
 
 class Steering(Protocol):
-    """A source whose mixture follows the student: a state (NumPy arrays) in the train state decides what is read."""
+    """A source that follows the student: a state (NumPy arrays) in the train state decides what is read."""
 
     @property
     def every(self) -> int:
@@ -80,6 +80,10 @@ class Steering(Protocol):
 
     def update(self, state: Tree, params: Mapping[str, Tree], step: int) -> Tree:
         """The state from update `step` on, from what the parameters do now; the same on every process."""
+        ...
+
+    def numbers(self, state: Tree) -> Mapping[str, float]:
+        """What to report of a state that has just been made."""
         ...
 
 
@@ -101,7 +105,7 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
     state        of step 0 (`create_state`); replaced by the newest checkpoint of `run.folder` where there is one
     frozen       {provider: params} that are not trained
     check        called with the first global batch (NumPy) of a fresh run, may raise (empty supervised mask)
-    steering     changes what `source` mixes; its state is `state.controllers["mixture"]`
+    steering     changes what `source` reads; its state is `state.controllers["source"]`
     Raises ValueError for a checkpoint of another model or recipe, and when too many steps in a row are not finite.
     """
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
@@ -197,18 +201,19 @@ class _Loop:
         return state, done
 
     def feed(self, state: TrainState, done: int, steer: bool) -> tuple[TrainState, Feed]:
-        """Batches from update `done` on, in the mixture of the state; with `steer`, in one that is measured now."""
+        """Batches from update `done` on, of the source's state; with `steer`, of one that is made now."""
         if self.steering:
-            mixture = jax.device_get(state.controllers[MIXTURE])
+            steered = jax.device_get(state.controllers[STEERED])
             if steer:
                 began = time.perf_counter()
-                mixture = self.steering.update(mixture, state.params, done)
-                placed = jax.device_put(mixture, NamedSharding(self.config.mesh, PartitionSpec()))
-                state = dataclasses.replace(state, controllers={**state.controllers, MIXTURE: placed})
+                steered = self.steering.update(steered, state.params, done)
+                placed = jax.device_put(steered, NamedSharding(self.config.mesh, PartitionSpec()))
+                state = dataclasses.replace(state, controllers={**state.controllers, STEERED: placed})
+                numbers = self.steering.numbers(steered)
+                self.reporter.write(done, numbers)
+                self.reporter.say(f"update {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
                 self.window.pause(time.perf_counter() - began)
-                shares = ", ".join(f"{x:.3f}" for x in mixture["shares"])
-                self.reporter.say(f"update {done}: shares of the mix {shares}")
-            self.source = self.steering.source(mixture)
+            self.source = self.steering.source(steered)
         return state, Feed(self.source, self.config.mesh, done, self.serve)
 
     def _settle(self, step: int, metrics: Metrics, last: bool = False) -> None:

@@ -27,7 +27,7 @@ class TrainState:
     step         int32 [], updates tried so far, skipped ones included: the number of the next batch
     params       {provider: tree}, float32 masters of the trained providers
     opt_state    {provider: optax state}, moments sharded like their parameters
-    controllers  {"<term>.<argument>": state} of the terms steered by a controller; "mixture": of a steered source
+    controllers  {"<term>.<argument>": state} of the terms steered by a controller; "source": of a steered one
     rng          uint32 [2], key data; a step folds its number into it, so it never changes
     skipped      int32 [], steps whose gradient was not finite and that changed nothing
     """

@@ -103,7 +103,7 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
         for name, tx in config.optimizers.items():
             updates, opt_state[name] = tx.update(grads[name], state.opt_state[name], state.params[name])
             params[name] = optax.apply_updates(state.params[name], updates)
-        controllers = {**state.controllers,  # beside the objective's: the mixture, which only the host changes
+        controllers = {**state.controllers,  # beside the objective's: a steered source's, changed by the host only
                        **config.objective.update(state.controllers, metrics["terms"], state.step)}
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
         new = TrainState(

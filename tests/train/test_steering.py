@@ -9,7 +9,7 @@ import numpy as np
 
 from distill_jax.core import tree
 from distill_jax.data import mixture
-from distill_jax.train.loop import MIXTURE, Run, fit
+from distill_jax.train.loop import STEERED, Run, fit
 from tests.train.tiny import Synthetic, setup
 
 
@@ -42,11 +42,14 @@ class Steering:
         norm = float(tree.global_norm(params))
         return mixture.steered(state, np.array([norm % 1, 0.5]), 0.5, step, (8 * step, 0))
 
+    def numbers(self, state):
+        return {"largest": float(np.max(state["shares"]))}
+
 
 def train(folder, steering, steps=8):
     config, state = setup(total=20)
     small = jax.device_put(mixture.initial((1.0, 1.0)), state.step.sharding)
-    state = dataclasses.replace(state, controllers={**state.controllers, MIXTURE: small})
+    state = dataclasses.replace(state, controllers={**state.controllers, STEERED: small})
     run = Run(folder=folder, steps=steps, log_every=4, save_every=100)
     return fit(config, state, Synthetic(), run, steering=steering)
 
@@ -54,8 +57,8 @@ def train(folder, steering, steps=8):
 def test_resume_is_to_the_bit(tmp_path, capsys):
     whole = Steering()
     end = train(tmp_path / "whole", whole)
-    assert whole.asked == [0, 3, 6] and int(end.state.controllers[MIXTURE]["rounds"]) == 3
-    assert "update 3: shares of the mix" in capsys.readouterr().out
+    assert whole.asked == [0, 3, 6] and int(end.state.controllers[STEERED]["rounds"]) == 3
+    assert "update 3: largest 0." in capsys.readouterr().out
     first = train(tmp_path / "cut", Steering(stop_at=5))
     assert first.stopped == "SIGTERM" and 5 <= first.step < 8
     rest = Steering()
