@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.world_cells import HOLDOUT, PACKED, WORLDS, Bench, Cell, machine, run_cells, summaries
@@ -66,12 +65,7 @@ def write(bench: Bench, results: list[dict[str, Any]], wanted: int) -> None:
     found = summaries(bench, results, name_of(results[0]["name"].partition("@")[0], 1.0))
     value = {"machine": machine(), "world": vars(bench.world), "cells": [len(results), wanted], "holdout": HOLDOUT,
              "students": found}
-    (bench.folder / "kept_fraction.json").write_text(json.dumps(value, indent=1))
-    (bench.folder / "kept_fraction.md").write_text(text := table(value))
-    figure = plot(found)
-    FigureCanvasAgg(figure)
-    figure.savefig(bench.folder / "kept_fraction.png", dpi=160)
-    print(text, flush=True)
+    bench.publish("kept_fraction", value, table(value), plot(found))
 
 
 def table(value: Mapping[str, Any]) -> str:

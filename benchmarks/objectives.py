@@ -6,11 +6,12 @@
     python -m benchmarks.objectives out/ --world rich             # running text; another folder
     python -m benchmarks.objectives /tmp/x --world smoke          # a minute: does it run; its numbers mean nothing
 
-One cell (method, seed) at a time, each in its own process; started again, it goes on. After every cell OUT/report.json,
-OUT/report.md and OUT/objectives.png say what is there, and that it is partial where it is. The methods alone differ:
-each is one term of weight 1, on the same tokens; `bytes/token` is the signal's on disk. Peak memory is the process's
-(the device's where it tells). KL and calibration error (ECE) are of held-out traces, against the teacher's whole
-distribution and against the tokens that stand there; intervals are 95%, a bootstrap over questions.
+One cell (method, seed) at a time, each in its own process; started again, it goes on. After every cell OUT's
+objectives.json, objectives.md and objectives.png say what is there, and that it is partial where it is. The methods
+alone differ: each is one term of weight 1, on the same tokens; `bytes/token` is the signal's on disk (0: the teacher is
+live). Peak memory is the process's (the device's where it tells). KL and calibration error (ECE) are of held-out
+traces, against the teacher's whole distribution and against the tokens that stand there; intervals are 95%, a bootstrap
+over questions.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.world_cells import WORLDS, Bench, Cell, machine, run_cells, summaries
+from distill_jax.decode.sampling import Sampling
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl, generalized_jsd, reverse_kl
 from distill_jax.losses.rows.first import renormalised_kl
@@ -34,6 +35,7 @@ from distill_jax.losses.rows.taid import taid
 from distill_jax.losses.targets import SampledTarget
 from distill_jax.objective.controllers import EntropyQuantile, TAIDSchedule
 from distill_jax.objective.term import Term
+from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.rollout.scoring import SignalSpec
 
 K = 12
@@ -68,6 +70,13 @@ def _selective(steps: int) -> Cell:
         "uncertain": Term(loss=uncertain, target=target, weight=0.0, kwargs={"threshold": threshold})})
 
 
+def _live(loss: Callable[..., Any], share: float, **kwargs: Any) -> Cell:
+    """The teacher beside the student, a share of the sequences the student's own: no signal is stored."""
+    own = OnPolicy(share=share, every=10, prompts=640, batch_size=640,
+                   sampling=Sampling(temperature=1.0, max_new_tokens=34))
+    return Cell(terms={"kd": Term(loss=loss, target="teacher/main", kwargs=kwargs)}, on_policy=own)
+
+
 METHODS: Mapping[str, Callable[[int], Cell]] = {
     BASELINE: lambda steps: Cell(terms={"ce": Term(loss=cross_entropy)}),
     "forward_kl": lambda steps: _on_topk(forward_kl),
@@ -79,6 +88,8 @@ METHODS: Mapping[str, Callable[[int], Cell]] = {
     "taid_ramp": lambda steps: _taid(steps, adaptive=False),
     "taid_fixed": _taid_fixed,
     "selective": _selective,
+    "on_policy_jsd": lambda steps: _live(generalized_jsd, 0.5, beta=0.5),
+    "on_policy_reverse_kl": lambda steps: _live(reverse_kl, 1.0),
 }
 FIRST = tuple(METHODS)[:7]
 
@@ -100,12 +111,7 @@ def write(bench: Bench, results: list[dict[str, Any]], wanted: int, cannot: Mapp
     value = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
              "world": vars(bench.world), "cells": [len(results), wanted], "not_available": dict(cannot),
              "teacher_entropy": bench.signal(f"topk:{K}")["entropy"], "methods": found}
-    (bench.folder / "report.json").write_text(json.dumps(value, indent=1))
-    (bench.folder / "report.md").write_text(text := table(value))
-    figure = plot(found)
-    FigureCanvasAgg(figure)
-    figure.savefig(bench.folder / "objectives.png", dpi=160)
-    print(text, flush=True)
+    bench.publish("objectives", value, table(value), plot(found))
 
 
 def table(value: Mapping[str, Any]) -> str:

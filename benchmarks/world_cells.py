@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from configs.quickstart import LESSON_STEPS, MODEL
 from distill_jax.core.roles import SUPERVISED
@@ -39,7 +41,8 @@ from distill_jax.jobs.score import ScoreJob, score
 from distill_jax.loading import load
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.objective.term import Term
-from distill_jax.recipe import Call, Generate, Recipe, Saving, Stage, Student
+from distill_jax.recipe import Call, Frozen, Generate, Recipe, Saving, Stage, Student
+from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.traces.world.curriculum import NAMES
 from distill_jax.traces.world.thoughts import Style
 from distill_jax.train.optim import AdamW
@@ -89,12 +92,14 @@ class Cell:
     """A student. terms: of its objective; signal: what its terms read (`topk:12`), or ""; steps: 0 = the world's.
 
     store  further fields of its `Store`
+    on_policy  the student's own answers as a share; a term on "teacher/main" runs the teacher beside the student
     """
 
     terms: Mapping[str, Term]
     signal: str = ""
     store: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 0
+    on_policy: OnPolicy | None = None
 
     @property
     def signal_name(self) -> str:
@@ -139,9 +144,12 @@ class Bench:
                      over_long="cut" if self.world.untrained else "drop")
 
     def _stage(self, name: str, source: Source, student: Student, steps: int,
-               terms: Mapping[str, Term] | None = None) -> Stage:
-        return Stage(name=name, source=source, providers={"student": student}, saving=Saving(steps=200, keep=1),
-                     terms=terms or {"ce": Term(loss=cross_entropy)}, steps=steps, log_every=50,
+               terms: Mapping[str, Term] | None = None, on_policy: OnPolicy | None = None) -> Stage:
+        terms = terms or {"ce": Term(loss=cross_entropy)}
+        live = any(t.target.startswith("teacher/") for t in terms.values())
+        return Stage(name=name, source=source, terms=terms, steps=steps, on_policy=on_policy, log_every=50,
+                     providers={"student": student} | ({"teacher": Frozen(str(self.teacher))} if live else {}),
+                     saving=Saving(steps=200, keep=1),
                      optim=AdamW(peak_lr=2e-3, warmup=min(50, steps // 4), b2=0.98))
 
     def signal(self, signal: str) -> dict[str, Any]:
@@ -153,6 +161,14 @@ class Bench:
             size = sum(f.stat().st_size for f in files if f.is_file())
             kept.write_text(json.dumps({**report, "bytes_per_token": size / report["tokens"]}))
         return json.loads(kept.read_text())
+
+    def publish(self, name: str, value: Mapping[str, Any], text: str, figure: Figure) -> None:
+        """The report as `name`.json, .md and .png in the folder, and on the screen."""
+        (self.folder / f"{name}.json").write_text(json.dumps(value, indent=1))
+        (self.folder / f"{name}.md").write_text(text)
+        FigureCanvasAgg(figure)
+        figure.savefig(self.folder / f"{name}.png", dpi=160)
+        print(text, flush=True)
 
     def source(self, cell: Cell, **fields: Any) -> Store:
         options = {"signals": (cell.signal_name,) if cell.signal else (), "holdout": HOLDOUT, **cell.store, **fields}
@@ -166,7 +182,7 @@ class Bench:
             return json.loads(done.read_text())
         about = self.signal(cell.signal) if cell.signal else {}
         stage = self._stage("train", self.source(cell), Student(model=str(self.base)), cell.steps or self.world.steps,
-                            cell.terms)
+                            cell.terms, cell.on_policy)
         recipe = Recipe(name=folder.name, runs=str(folder.parent), seed=seed, stages=(stage,))
         if not run_recipe(recipe):
             raise SystemExit("stopped; the same command goes on")

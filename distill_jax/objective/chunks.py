@@ -23,9 +23,9 @@ from jax.sharding import Mesh, PartitionSpec
 from distill_jax.core.batch import Sampled, Signal, TokenLogprob, TopK
 from distill_jax.core.head import Head, wide
 from distill_jax.losses.targets import Full, Labels, SampledTarget, Target, TopKTarget
+from distill_jax.sharding.mesh import ROW_AXES
 
 Array = Any
-ROW_AXES = ("data", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule
 from distill_jax.losses.groups.states import States
-from distill_jax.objective.chunks import ROW_AXES
 from distill_jax.objective.controllers import Controller
 from distill_jax.objective.lift import shift, unshift
+from distill_jax.sharding.mesh import ROW_AXES
 
 Array = Any
 

@@ -12,6 +12,7 @@ from distill_jax.core.batch import TopK
 from distill_jax.core.head import NEG, wide
 from distill_jax.losses.groups.states import States, declare
 from distill_jax.losses.rows.outcomes import ABSENT, kept_and_tail
+from distill_jax.losses.rows.tempering import untempered
 
 Array = Any
 
@@ -113,8 +114,7 @@ def _on_union(logits: Array, signal: Any, temperature: float, gather: Any) -> tu
         raise ValueError(f"sinkhorn_kd needs a teacher beside the student or a topk signal, got a "
                          f"{type(signal).__name__} signal, which is no distribution")
     if temperature != 1.0:
-        raise ValueError(f"temperature={temperature} with a top-k signal: the tail is a sum over ids and cannot be "
-                         "tempered. Use temperature=1, or run the teacher beside the student")
+        raise untempered(temperature, "or run the teacher beside the student")
     vocab = logits.shape[-1]
     stored = (signal.ids >= 0) & (signal.ids < vocab) & (signal.logprobs > ABSENT)
     ids = jnp.where(stored, signal.ids, vocab)

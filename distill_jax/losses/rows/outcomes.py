@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.core.head import NEG, wide
-from distill_jax.losses.rows.tempering import Temper, check_temper, tail_bounds
+from distill_jax.losses.rows.tempering import Temper, check_temper, tail_bounds, untempered
 from distill_jax.losses.targets import Full, SampledTarget, Target, TopKTarget
 
 Array = Any
@@ -118,10 +118,8 @@ def outcomes(logits: Array, target: Target, temperature: Any = 1.0, temper: Temp
         if isinstance(temperature, int | float) and temperature == 1:
             return _topk(logits, target)
         if temper == "exact":
-            raise ValueError(
-                f"temperature={temperature} with a top-k target: the tail is a sum over ids and cannot be tempered "
-                "exactly. Use temperature=1, a full target (a teacher on the mesh or a `hidden` signal), or "
-                "temper='student', which bounds what it does (losses/rows/tempering.py)")
+            raise untempered(temperature, "a full target (a teacher on the mesh or a `hidden` signal), or "
+                             "temper='student', which bounds what it does (losses/rows/tempering.py)")
         return _topk_tempered(logits, target, temperature, temper)
     if isinstance(target, SampledTarget):
         raise ValueError(

@@ -47,3 +47,9 @@ def check_temper(temperature: Any, temper: str) -> None:
                          "use cross_entropy on its tokens for that")
     if temper not in get_args(Temper):
         raise ValueError(f"temper={temper!r}: expected one of {list(get_args(Temper))}")
+
+
+def untempered(temperature: Any, instead: str) -> ValueError:
+    """What to say where a temperature meets a stored top-k signal. instead: what could be used, besides 1."""
+    return ValueError(f"temperature={temperature} with a top-k target: the tail is a sum over ids and cannot be "
+                      f"tempered exactly. Use temperature=1, {instead}")

@@ -13,6 +13,7 @@ from distill_jax.core.batch import FOREIGN
 from distill_jax.core.head import NEG, wide
 from distill_jax.losses.rows.divergences import generalized_jsd
 from distill_jax.losses.rows.outcomes import ABSENT, kept_and_tail, log_normalizer
+from distill_jax.losses.rows.tempering import untempered
 from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
@@ -37,8 +38,7 @@ def uld(logits: Array, target: Target, *, temperature: float = 1.0) -> Array:
         raise ValueError(f"uld needs the teacher's most probable outcomes, a Full or TopKTarget target, got "
                          f"{type(target).__name__}; name a topk signal or a provider as the term's target")
     if temperature != 1.0:
-        raise ValueError(f"temperature={temperature} with a top-k target: the tail is a sum over ids and cannot be "
-                         "tempered. Use temperature=1, or a provider as the target")
+        raise untempered(temperature, "or a provider as the target")
     if target.ids.shape[-1] < 2:
         raise ValueError("uld compares ranks, and this signal holds one outcome a token, which need not be the "
                          "teacher's most probable one; score with --signal topk:K, K at least 2")

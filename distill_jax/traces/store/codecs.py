@@ -74,15 +74,8 @@ class TopKCodec:
         """ids int32 and log-probs float32 [T,K] (-1 and -inf where absent), mask [T], tail float64 [T]."""
         if not isinstance(row, TopKRow):
             raise ValueError(f"this signal takes TopKRow, got {type(row).__name__}")
-        ids, lp, mask = np.asarray(row.ids), np.asarray(row.logprobs, np.float32), np.asarray(row.mask, bool)
-        if ids.ndim != 2 or ids.shape != lp.shape or len(ids) != length or ids.shape[1] > self.k:
-            raise ValueError(f"expected ids and logprobs [{length}, at most {self.k}], got {ids.shape} {lp.shape}")
-        if mask.shape != (length,):
-            raise ValueError(f"expected mask [{length}], got {mask.shape}")
-        if ids.max(initial=-1) > MAX_ID:
-            raise ValueError(f"token id {ids.max()} does not fit: ids go to {MAX_ID}")
-        there = (ids >= 0) & mask[:, None]
-        ids = np.where(there, ids, -1).astype(np.int32)
+        ids, lp, mask = _outcomes(row.ids, row.logprobs, row.mask, length, self.k)
+        there = ids >= 0
         lp = np.where(there, lp, np.float32(-np.inf))
         if not np.all(np.isfinite(lp) == there) or lp.max(initial=-np.inf) > 1e-3:
             raise ValueError("log-probs of kept outcomes must be finite and at most 0; give outcomes of "
@@ -189,26 +182,20 @@ class SampledCodec:
     def encode(self, row: SignalRow, length: int) -> Columns:
         if not isinstance(row, SampledRow):
             raise ValueError(f"this signal takes SampledRow, got {type(row).__name__}")
-        ids, weights, mask = np.asarray(row.ids), np.asarray(row.weights, np.float32), np.asarray(row.mask, bool)
-        if ids.ndim != 2 or ids.shape != weights.shape or len(ids) != length or ids.shape[1] > self.n:
-            raise ValueError(f"expected ids and weights [{length}, at most {self.n}], got {ids.shape} {weights.shape}")
-        if mask.shape != (length,):
-            raise ValueError(f"expected mask [{length}], got {mask.shape}")
-        if ids.max(initial=-1) > MAX_ID:
-            raise ValueError(f"token id {ids.max()} does not fit: ids go to {MAX_ID}")
-        there = (ids >= 0) & mask[:, None]
+        ids, weights, mask = _outcomes(row.ids, row.weights, row.mask, length, self.n)
+        there = ids >= 0
         weights = np.where(there, weights, np.float32(0))
         total = weights.sum(axis=1, dtype=np.float64)
         if not np.all(np.isfinite(total)) or np.any(weights < 0) or np.any(np.abs(total - 1)[mask] > 1e-3):
             raise ValueError("weights must be finite, not negative, and sum to 1 at each token")
-        if _repeated(np.where(there, ids, -1)):
+        if _repeated(ids):
             raise ValueError("an outcome occurs twice at one token: add its weights up")
         codes = self._counts(weights) if self.precision == COUNTS else quantise.encode(
             np.log(np.clip(weights, 1e-30, 1)), self.precision)
         order = np.argsort(-weights, axis=1, kind="stable")
         ids, codes, there = (np.take_along_axis(x, order, axis=1) for x in (ids, codes, there))
         kept = np.where(mask, there.sum(axis=1) + 1, 0).astype(np.uint16)
-        return {"tokens": {"kept": kept}, "outcomes": {"id": ids[there].astype(np.int32), "code": codes[there]}}
+        return {"tokens": {"kept": kept}, "outcomes": {"id": ids[there], "code": codes[there]}}
 
     def _counts(self, weights: np.ndarray) -> np.ndarray:
         counts = np.rint(weights * self.n)
@@ -275,6 +262,21 @@ class HiddenCodec:
         states = np.zeros((length, self.width), flat.dtype)
         states[mask] = flat.reshape(-1, self.width)
         return HiddenRow(states=states, scales=scales, mask=mask)
+
+
+def _outcomes(ids: Any, values: Any, mask: Any, length: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids int32 [T,K], -1 where there is none or no mask; values float32 [T,K]; mask bool [T]) of a row to be written.
+
+    Raises ValueError for other shapes, and ids that the store cannot hold.
+    """
+    ids, values, mask = np.asarray(ids), np.asarray(values, np.float32), np.asarray(mask, bool)
+    if ids.ndim != 2 or ids.shape != values.shape or len(ids) != length or ids.shape[1] > width:
+        raise ValueError(f"expected ids and their values [{length}, at most {width}], got {ids.shape} {values.shape}")
+    if mask.shape != (length,):
+        raise ValueError(f"expected mask [{length}], got {mask.shape}")
+    if ids.max(initial=-1) > MAX_ID:
+        raise ValueError(f"token id {ids.max()} does not fit: ids go to {MAX_ID}")
+    return np.where((ids >= 0) & mask[:, None], ids, -1).astype(np.int32), values, mask
 
 
 def _repeated(ids: np.ndarray) -> bool:

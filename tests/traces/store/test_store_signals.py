@@ -162,7 +162,7 @@ def test_boundaries_and_resume(store):
     ({"logprobs": np.full((3, 2), -np.inf, np.float32)}, "finite"),
     ({"ids": np.array([[1, 1]] * 3)}, "occurs twice"),
     ({"ids": np.array([[1, 1 << 24]] * 3)}, "does not fit"),
-    ({"ids": np.zeros((2, 2), int)}, "expected ids and logprobs"),
+    ({"ids": np.zeros((2, 2), int)}, "expected ids and their values"),
     ({"mask": np.ones(4, bool)}, r"expected mask \[3\]"),
     ({"tail": np.zeros(3, np.float32)}, "tail must be"),
 ])
