@@ -32,9 +32,10 @@ from distill_jax.objective.term import Term, build_objective
 from distill_jax.recipe import Stage, Student
 from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
+from distill_jax.train.bilevel import fused_term, make_outer
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
-from distill_jax.train.loop import STEERED, Evaluation, Run, fit
+from distill_jax.train.loop import STEERED, Evaluation, Outer, Run, fit
 from distill_jax.train.sources import provider_of
 from distill_jax.train.state import create_state
 from distill_jax.train.step import StepConfig, make_evaluation, with_views
@@ -125,13 +126,17 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     state = create_state(trained, optimizers, mesh=mesh, seed=context.seed, controllers=controllers)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
-    evaluations = {}
+    evaluations, outer = {}, None
+    if (found := fused_term(objective)) is not None:
+        outer = Outer(fn=make_outer(config), every=found[2].every,
+                      heldout=open_heldout(stage, context, student.tokenizer))
     if stage.heldout:
         heldout = Heldout(stage, context, config, frozen, student.tokenizer)
         evaluations["heldout"] = Evaluation(fn=heldout)
     with jax.set_mesh(mesh):
         fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations,
-                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve, steering=steering)
+                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve, steering=steering,
+                     outer=outer)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     result = {"steps": stage.steps, "flops": total_flops(source, config, stage.steps),
@@ -182,16 +187,21 @@ def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -
     return sum(one(i * steps // n) for i in range(n)) / n * steps
 
 
+def open_heldout(stage: Stage, context: RunContext, tokenizer: Tokenizer) -> Any:
+    """Batches of whole rows of the held-out split. Raises ValueError where the source has none."""
+    if not isinstance(stage.source, Store):
+        raise ValueError(f"held-out rows need a single Store as source, got a {type(stage.source).__name__}")
+    where = dataclasses.replace(resolved(stage.source, context), split="heldout", prefix=None)
+    return open_source(where, tokenizer, seed=context.seed)
+
+
 class Heldout:
     """Means of every term and of plain cross-entropy over whole rows of the held-out split: a callback of the loop."""
 
     def __init__(self, stage: Stage, context: RunContext, config: StepConfig, frozen: Mapping[str, Any],
                  tokenizer: Tokenizer) -> None:
-        if not isinstance(stage.source, Store):
-            raise ValueError(f"heldout needs a single Store as source, got a {type(stage.source).__name__}")
-        where = dataclasses.replace(resolved(stage.source, context), split="heldout", prefix=None)
-        self.source = open_source(where, tokenizer, seed=context.seed)
-        self.batches = -(-stage.heldout // where.rows)
+        self.source = open_heldout(stage, context, tokenizer)
+        self.batches = -(-stage.heldout // self.source.rows)
         self.frozen, self.mesh, self.step = frozen, config.mesh, jnp.int32(stage.steps)
         objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)})
         self.controllers = objective.init()

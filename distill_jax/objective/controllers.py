@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from distill_jax.losses.rows.trilateral import FEATURES, parameters
+
 Array = Any
 State = Any
 
@@ -20,7 +22,8 @@ OWN = "own"
 
 @runtime_checkable
 class Controller(Protocol):
-    """`init() -> state` (a pytree of arrays); `value(state, step) -> f32 scalar`; `update(state, metrics, step)`.
+    """`init() -> state` (a pytree of arrays); `value(state, step) -> f32`, a scalar where a scalar is asked for;
+    `update(state, metrics, step)`.
 
     `update` runs once an update step, inside the jitted step, on global means: `metrics` holds every term's mean loss
     by name, by name and role ("kd/think"), and the controller's own term under `OWN`.
@@ -79,6 +82,57 @@ class TAIDSchedule:
         moved = jnp.minimum(self.stop, jnp.maximum(ramp, t + ahead))
         return {"t": jnp.where(known, moved, t), "momentum": jnp.where(known, momentum, state["momentum"]),
                 "previous": jnp.where(usable, loss, before)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionNet:
+    """Parameters of the network that fuses KD and cross-entropy (`losses.rows.trilateral`): a vector as a value.
+
+    Metrics do not move it. `train.bilevel` does, so that one more update with its ratios lowers the cross-entropy of
+    held-out rows (TGeo-KD, 2312.15112; the solver is a guess, the paper's sources name none). Equal ones stay equal:
+    give the same to a `Fused` term and to the term that reports its ratio.
+
+    width     hidden units
+    every     updates between two of its own
+    inner_lr  eta of the update that is looked through, theta' = theta - eta grad L(theta)
+    lr, decay of its own AdamW
+    """
+
+    width: int = 64
+    every: int = 10
+    inner_lr: float = 1e-3
+    lr: float = 1e-3
+    decay: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.every) < 1 or min(self.inner_lr, self.lr) <= 0 or self.decay < 0:
+            raise ValueError(f"FusionNet needs width and every of at least 1, positive rates and no negative decay, "
+                             f"got {self}")
+
+    def init(self) -> dict[str, Array]:
+        """Random first layer, zero second: every ratio is 1/2."""
+        rng, size = jax.random.key(self.seed), parameters(self.width)
+        first = jax.random.normal(rng, (len(FEATURES) * self.width,), jnp.float32) / len(FEATURES) ** 0.5
+        zeros = lambda: jnp.zeros(size, jnp.float32)  # arrays of their own: the train state is donated
+        return {"w": zeros().at[:first.shape[0]].set(first), "m": zeros(), "v": zeros(), "count": jnp.int32(0)}
+
+    def value(self, state: dict[str, Array], step: Array) -> Array:
+        return state["w"]
+
+    def update(self, state: dict[str, Array], metrics: Mapping[str, Array], step: Array) -> dict[str, Array]:
+        return state
+
+    def moved(self, state: dict[str, Array], grad: Array) -> dict[str, Array]:
+        """One update of AdamW (0.9, 0.999) from the gradient of the held-out loss; one that is not finite is skipped.
+        """
+        count = state["count"] + 1
+        m, v = 0.9 * state["m"] + 0.1 * grad, 0.999 * state["v"] + 0.001 * grad**2
+        t = count.astype(jnp.float32)
+        step = (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        new = {"w": state["w"] - self.lr * (step + self.decay * state["w"]), "m": m, "v": v, "count": count}
+        fine = jnp.all(jnp.isfinite(grad))
+        return jax.tree.map(lambda n, o: jnp.where(fine, n, o), new, state)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 `lift_sum` is for losses that add over tokens: gradients are made in the forward pass, and the backward only scales
 them. `lift_tokens` returns differentiable log-probabilities and entropies per token, recomputed in the backward, for
-losses that are not additive (sequence ratios, preferences). DESIGN section 5; the loop is `objective.chunks`.
+losses that are not additive (sequence ratios, preferences). `lift_values` only evaluates row losses, token by token.
+DESIGN section 5; the loop is `objective.chunks`.
 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
@@ -71,6 +72,21 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     total, values = _lifted(terms, {s: _dtypes(x) for s, x in sources.items()}, mesh, chunk)(sources, fields, dynamic)
     roles = jnp.zeros(tokens.shape, jnp.int32) if roles is None else roles
     return total, {t: by_role(unshift(stop(v)), masks[t], roles) for t, v in values.items()}
+
+
+def lift_values(sources: Sources, terms: Mapping[str, RowTerm], *, tokens: Array, active: Array,
+                signals: Mapping[str, Signal] | None = None, mesh: Mesh | None = None, chunk: int = CHUNK
+                ) -> dict[str, Array]:
+    """What every term is at every token, {term: f32 [B,T]}: no gradient. Aligned with tokens; 0 where `active` [B,T]
+    is False, and at t = 0. Other arguments and errors as of `lift_sum`."""
+    signals = signals or {}
+    sources = jax.lax.stop_gradient({s: (_predicting(x, sources), head) for s, (x, head) in sources.items()})
+    none = dict.fromkeys(terms, jnp.zeros(tokens.shape, jnp.float32))
+    _check(sources, terms, none, tokens, signals)
+    used = {t.target.removeprefix("signals/") for t in terms.values() if t.target.startswith("signals/")}
+    fields = shift(Fields(tokens, none, active, {s: signals[s] for s in used if f"signals/{s}" not in sources}))
+    hiddens, heads = {s: x[0] for s, x in sources.items()}, {s: x[1] for s, x in sources.items()}
+    return {t: unshift(v) for t, v in run(terms, hiddens, heads, fields, {}, mesh=mesh, chunk=chunk).values.items()}
 
 
 def lift_tokens(hidden: Array, head: Head, tokens: Array, *, mask: Array | None = None, mesh: Mesh | None = None,

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill_jax.core import tree
 from distill_jax.core.batch import Batch
 from distill_jax.train.checkpoint import Checkpoints
-from distill_jax.train.feed import BatchSource, Feed, Serve, serve_plain
+from distill_jax.train.feed import BatchSource, Feed, Serve, place_global, serve_plain
 from distill_jax.train.metrics import Reporter
 from distill_jax.train.state import TrainState
 from distill_jax.train.step import Metrics, StepConfig, make_step
@@ -88,6 +88,17 @@ class Steering(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outer:
+    """`fn(params, frozen, batch, heldout batch, step, controllers) -> controllers` every so many updates, before the
+    update on `batch`: an outer problem that moves controllers by what held-out rows say (`train.bilevel`).
+    """
+
+    fn: Callable[..., dict[str, Tree]]
+    heldout: BatchSource
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fitted:
     """state: after `step` updates, saved. stopped: name of the signal that ended it early, or ""."""
 
@@ -99,13 +110,14 @@ class Fitted:
 def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
         frozen: Mapping[str, Tree] | None = None, evaluations: Mapping[str, Evaluation] | None = None,
         check: Callable[[Batch], None] | None = None, serve: Serve = serve_plain,
-        steering: Steering | None = None) -> Fitted:
+        steering: Steering | None = None, outer: Outer | None = None) -> Fitted:
     """Train until `run.steps` updates are done or a signal asks to stop; either way the state is saved.
 
     state        of step 0 (`create_state`); replaced by the newest checkpoint of `run.folder` where there is one
     frozen       {provider: params} that are not trained
     check        called with the first global batch (NumPy) of a fresh run, may raise (empty supervised mask)
     steering     changes what `source` reads; its state is `state.controllers["source"]`
+    outer        moves controllers between updates
     Raises ValueError for a checkpoint of another model or recipe, and when too many steps in a row are not finite.
     """
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
@@ -119,7 +131,8 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
         if start:
             reporter.say(f"resumed at update {start} of {run.steps}")
         votes = Votes(config.mesh)
-        loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}), serve, steering)
+        loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}), serve, steering,
+                     outer)
         with votes.listening():
             if start < run.steps:
                 state, start = loop.updates(state, dict(frozen or {}), start)
@@ -160,6 +173,7 @@ class _Loop:
     evaluations: dict[str, Evaluation]
     serve: Serve
     steering: Steering | None = None
+    outer: Outer | None = None
     bad_in_a_row: int = 0
 
     def __post_init__(self) -> None:
@@ -186,6 +200,8 @@ class _Loop:
                 if self.steering and done % self.steering.every == 0:
                     state, feed = self.feed(state, done, steer=True)
                 batch = next(feed)  # made and put while the step runs
+                if self.outer and done % self.outer.every == 0:
+                    state = self._outer(self.outer, state, frozen, batch, done)
             decision = votes.decision(pending[0][1]) if len(pending) > AHEAD or not votes.shared else 0
             stop = decision == STOP
             while len(pending) > (0 if stop or done == run.steps else AHEAD):
@@ -215,6 +231,13 @@ class _Loop:
                 self.window.pause(time.perf_counter() - began)
             self.source = self.steering.source(steered)
         return state, Feed(self.source, self.config.mesh, done, self.serve)
+
+    def _outer(self, outer: Outer, state: TrainState, frozen: Mapping[str, Tree], batch: Batch, done: int
+               ) -> TrainState:
+        """The state with controllers that the outer problem has moved; nothing waits."""
+        heldout = place_global(outer.heldout.batch(done // outer.every - 1), self.config.mesh)
+        moved = outer.fn(state.params, frozen, batch, heldout, state.step, state.controllers)
+        return dataclasses.replace(state, controllers=moved)
 
     def _settle(self, step: int, metrics: Metrics, last: bool = False) -> None:
         """Take in the metrics of step `step`; report when a window is full. Raises after too many bad steps in a row.

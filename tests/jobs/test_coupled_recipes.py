@@ -1,4 +1,4 @@
-"""The recipes of coupled methods: they build, survive YAML, and train two updates on a tiny store and teacher."""
+"""The recipes of coupled methods and of the bilevel one: they build, survive YAML, and train two updates."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces
 from tests.jobs.teachers import teacher_folder
 
-NAMES = ("dskd", "dskd_cma", "sinkd", "cot2align")
+NAMES = ("dskd", "dskd_cma", "sinkd", "cot2align", "tgeo_kd")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,10 @@ def tiny(name, world, runs, *extra):
     student, teacher, store = world
     sets = [f"student={student}", f"source.path={store}", f"runs={runs}", "source.rows=8", "source.seq_len=96",
             "source.holdout=0.25", "steps=2", "micro_batches=1", "heldout=8", "log_every=1", *extra]
-    if name == "sinkd":
+    if name == "tgeo_kd":
+        sets += ["source.signals=[topk]", *(f"terms.{t}.{field}" for t in ("fused", "ratio") for field in (
+            "target=signals/topk", "kwargs.fusion.every=1", "kwargs.fusion.width=4"))]
+    elif name == "sinkd":
         sets += ["source.signals=[topk]", "terms.kl.target=signals/topk", "terms.sinkhorn.target=signals/topk"]
     else:
         sets.append(f"teacher={teacher}")
