@@ -14,7 +14,7 @@ from distill_jax.recipe import Stage, load_recipe
 
 B, T, D, V = 2, 8, 4, 600
 FOLDER = Path(__file__).parents[2] / "configs/recipes"
-ROW_RECIPES = ("sft", "kd", "taid", "pld", "gkd", "rs_kd", "minillm_reverse_kl", "skew_kl", "abkd", "akl",
+ROW_RECIPES = ("sft", "kd", "taid", "pld", "rs_kd", "minillm_reverse_kl", "skew_kl", "abkd", "akl",
                "truncated_topk", "distillm2")
 
 
