@@ -2,12 +2,13 @@
 
 All sides compute forward KL on k kept teacher outcomes and a tail bucket, value and gradients for hidden states and
 head, in one process, one after the other; their values and gradients are compared. Full size wants 10 GB of memory.
-With --rows it is instead every row loss, lifted, on each kind of target it can use, against plain lifted cross-entropy.
+With --row-losses it is instead every row loss, lifted, on each kind of target it can use, against plain lifted
+cross-entropy.
 
     python -m benchmarks.loss                 # V=151,936 D=896, 4,096 tokens, k=64
     python -m benchmarks.loss --small         # seconds: does it run and agree
     python -m benchmarks.loss --dtype bfloat16 --supervised 0.25
-    python -m benchmarks.loss --rows --vocab 32000 && python -m benchmarks.loss --rows     # table of every row loss
+    python -m benchmarks.loss --row-losses --vocab 32000    # table of every row loss
     python -m benchmarks.loss --target h200.txtpb --width 1536 --tokens 8192 --dtype bfloat16
                                               # memory only, compiled for a GPU that is not there (its target config as
                                               # text proto); needs jax-cuda13-plugin of jax's version, JAX_PLATFORMS=cpu
@@ -144,14 +145,14 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--only", nargs="*", default=None, help="naive, rematerialised, lifted")
     p.add_argument("--small", action="store_true")
-    p.add_argument("--rows", action="store_true", help="every row loss against lifted cross-entropy (row_losses.py); "
+    p.add_argument("--row-losses", action="store_true", help="every row loss against cross-entropy (row_losses.py); "
                    "--only takes their names")
     p.add_argument("--target", default=None, help="text proto of a GPU to compile for: memory only, nothing runs")
     p.add_argument("--out", default=None, help="write the result as JSON")
     args = p.parse_args()
     if args.small:
         args.vocab, args.width, args.tokens, args.k, args.chunk = 4_096, 64, 512, 16, 64
-    if args.rows:
+    if args.row_losses:
         from benchmarks.row_losses import compare
 
         compare(args)

@@ -1,7 +1,7 @@
 """Every row loss, lifted, on each kind of target it can use: time and peak temporaries over plain lifted cross-entropy.
 
-    python -m benchmarks.loss --rows --vocab 32000          # and the other options of benchmarks.loss
-    python -m benchmarks.loss --rows --small
+    python -m benchmarks.loss --row-losses --vocab 32000          # and the other options of benchmarks.loss
+    python -m benchmarks.loss --row-losses --small
 
 `topk` and `sampled` are measured against cross-entropy on tokens; `full` (a teacher beside the student, half as wide)
 against cross-entropy beside a teacher whose logits are made and looked at once. Losses that sort are a table of their
