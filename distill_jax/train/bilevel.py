@@ -66,7 +66,8 @@ def make_outer(config: StepConfig) -> Outer:
     inner_gradient = make_gradient(config)
     outside = build_objective({"ce": Term(loss=cross_entropy, student=term.student, on=term.on)})
     outer_gradient = make_gradient(replace(config, objective=outside))
-    exact = {n: m.clone(dtype=jnp.float32) if hasattr(m, "clone") else m for n, m in config.models.items()}
+    clone = lambda m: getattr(m, "clone", lambda **_: m)
+    exact = {n: clone(m)(dtype=jnp.float32) for n, m in config.models.items()}
 
     def outer(params: Any, frozen: Any, inner: Any, heldout: Any, step: Array, controllers: dict[str, Tree]) -> Any:
         grads, _ = inner_gradient(params, frozen, inner, step, controllers)
