@@ -17,7 +17,8 @@ from typing import Any, Literal
 from distill_jax.core import spec
 from distill_jax.core.batch import Stream
 from distill_jax.core.roles import SUPERVISED, Role
-from distill_jax.data.source_specs import Source
+from distill_jax.data.source_specs import Retokenised, Source
+from distill_jax.data.views import Derived
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.coupled import CoupledTerm, Layer
@@ -113,6 +114,7 @@ class CrossModelAttention:
 
 
 AnyProjector = Projector | CrossModelAttention
+AnyView = Retokenised | Derived | Callable[[Stream], Stream]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,8 @@ class Stage:
     """Training: batches of `source` through `providers`, the sum of `terms`, `optim` for `steps` updates.
 
     providers      models, and trained projectors between them
-    views          further views made of the batch's `main` view by functions of `data.views`
+    views          further views of the batch's rows: in the tokens of another provider (`Retokenised`), or made of
+                   `main` by a function of `data.views` (of another view: `Derived`)
     micro_batches  gradient accumulation; does not change the gradient (but see `objective.coupled` for what couples
                    rows)
     heldout        rows of the source's held-out split on which the loss is reported at the end (0: none)
@@ -148,7 +151,7 @@ class Stage:
     source: Source
     providers: Mapping[str, Student | AnyProjector]
     terms: Mapping[str, Term | CoupledTerm]
-    views: Mapping[str, Callable[[Stream], Stream]] = field(default_factory=dict)
+    views: Mapping[str, AnyView] = field(default_factory=dict)
     optim: AdamW = AdamW()
     steps: int = 1000
     micro_batches: int = 1
@@ -166,6 +169,10 @@ class Stage:
                              'teacher (target="teacher/main"), and the shares of a Mix cannot be steered')
         if not any(p.trainable for p in self.models.values()):
             raise ValueError(f"stage {self.name!r} trains no model: no provider has trainable=True")
+        for name, view in self.retokenised.items():
+            if view.reader not in self.models:
+                raise ValueError(f"view {name!r} of stage {self.name!r} is in the tokens of {view.reader!r}, and there "
+                                 f"is no such model; models: {sorted(self.models)}")
         for name, projector in self.projectors.items():
             if missing := sorted(set(projector.models) - set(self.models)):
                 raise ValueError(f"provider {name!r} of stage {self.name!r} maps between {list(projector.models)}, and "
@@ -175,6 +182,16 @@ class Stage:
     def models(self) -> dict[str, Student]:
         """The providers that read tokens."""
         return {n: p for n, p in self.providers.items() if isinstance(p, Student)}
+
+    @property
+    def retokenised(self) -> dict[str, Retokenised]:
+        """The views that the source makes."""
+        return {n: v for n, v in self.views.items() if isinstance(v, Retokenised)}
+
+    @property
+    def made_views(self) -> dict[str, Derived | Callable[[Stream], Stream]]:
+        """The views that the step makes of those."""
+        return {n: v for n, v in self.views.items() if not isinstance(v, Retokenised)}
 
     @property
     def projectors(self) -> dict[str, AnyProjector]:

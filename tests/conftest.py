@@ -19,6 +19,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 DATA = Path(os.environ.get("DISTILL_JAX_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
+FULL = 3 << 30
+"""Resident bytes of a worker from which it forgets its compiled programs after a module of tests."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """Compiled programs stay in memory for good, and a worker compiles thousands of them."""
+    yield
+    status = Path("/proc/self/statm")
+    if status.is_file() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > FULL:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder of the real public data. Tests that use it skip where it is absent."""

@@ -32,5 +32,5 @@ def batch(
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
-    source = open_source(feed.source, feed.tokenizer, seed=feed.seed)
+    source = open_source(feed.source, feed.tokenizer, seed=feed.seed, readings=feed.readings)
     show_batch(source, step, feed.tokenizer, console, rows=row or [0], tokens=tokens, start=start)

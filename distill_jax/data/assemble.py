@@ -1,7 +1,7 @@
 """Rows into the arrays of a `Batch`: the only place where per-token fields are laid side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -17,54 +17,73 @@ BATCHED: dict[str, Any] = {"topk": TopK, "token": TokenLogprob, "sampled": Sampl
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """One row on its way into a batch. signals: name -> what the teacher said of it, aligned with it, or None."""
+    """One row on its way into a batch.
+
+    signals  name -> what the teacher said of it, aligned with it, or None
+    others   view -> the same row in other tokens
+    """
 
     row: RowArrays
     row_id: int
     signals: Mapping[str, SignalRow | None]
+    others: Mapping[str, RowArrays] = field(default_factory=dict)
+
+
+class _Lines:
+    """The arrays [B,T] of one view; fields are documented in `core.batch`."""
+
+    def __init__(self, rows: int, seq_len: int) -> None:
+        self.seq_len = seq_len
+        self.arrays: dict[str, Any] = {name: np.zeros((rows, seq_len), np.int32) for name in (
+            "tokens", "positions", "segment_ids", "roles", "step_ids")}
+        self.arrays["weights"] = np.zeros((rows, seq_len), np.float32)
+        self.arrays["row_ids"] = np.full((rows, seq_len), -1, np.int32)
+
+    def put(self, b: int, at: int, row: RowArrays, segment: int, row_id: int) -> slice:
+        """Lay a row into sequence b from `at` on, cut where it ends. Where it lies."""
+        n = min(len(row.tokens), self.seq_len - at)
+        where = slice(at, at + n)
+        values = {"tokens": row.tokens[:n], "positions": np.arange(n), "segment_ids": segment, "roles": row.roles[:n],
+                  "step_ids": row.steps[:n], "row_ids": row_id}
+        for name, value in values.items():
+            self.arrays[name][b, where] = value
+        self.arrays["weights"][b, at + 1:at + n] = 1.0
+        return where
 
 
 class BatchBuilder:
-    """[B,T] arrays that are filled sequence by sequence; fields are documented in `core.batch`."""
+    """Batches that are filled sequence by sequence. others: {further view: tokens of its sequences}."""
 
-    def __init__(self, rows: int, seq_len: int, headers: Mapping[str, SignalHeader]) -> None:
-        shape = (rows, seq_len)
-        self.seq_len = seq_len
-        self.tokens, self.positions, self.segment_ids, self.roles, self.step_ids = (
-            np.zeros(shape, np.int32) for _ in range(5))
-        self.weights = np.zeros(shape, np.float32)
-        self.row_ids = np.full(shape, -1, np.int32)
+    def __init__(self, rows: int, seq_len: int, headers: Mapping[str, SignalHeader],
+                 others: Mapping[str, int] | None = None) -> None:
+        self.views = {name: _Lines(rows, n) for name, n in {"main": seq_len, **(others or {})}.items()}
         self.signals: dict[str, dict[str, np.ndarray]] = {}
         self._kinds = {name: BATCHED[header.kind] for name, header in headers.items()}
         for name, header in headers.items():
             nothing = blank(header, 1).arrays()
-            self.signals[name] = {field.name: np.array(np.broadcast_to(nothing[field.name][0], (
-                *shape, *nothing[field.name].shape[1:]))) for field in fields(self._kinds[name])}
+            self.signals[name] = {f.name: np.array(np.broadcast_to(nothing[f.name][0], (
+                rows, seq_len, *nothing[f.name].shape[1:]))) for f in fields(self._kinds[name])}
 
     def put(self, b: int, placed: Iterable[Placed]) -> None:
         """Lay rows one after the other into sequence b. A row longer than what is left is cut."""
-        at = 0
+        at = dict.fromkeys(self.views, 0)
         for number, p in enumerate(placed, 1):
-            n = min(len(p.row.tokens), self.seq_len - at)
-            where = slice(at, at + n)
-            self.tokens[b, where] = p.row.tokens[:n]
-            self.positions[b, where] = np.arange(n)
-            self.segment_ids[b, where] = number
-            self.roles[b, where] = p.row.roles[:n]
-            self.step_ids[b, where] = p.row.steps[:n]
-            self.weights[b, at + 1:at + n] = 1.0
-            self.row_ids[b, where] = p.row_id
-            for name, said in p.signals.items():
-                for field, into in self.signals[name].items() if said is not None else ():
-                    values = getattr(said, field)[:n]
-                    into[(b, where, *(slice(k) for k in values.shape[1:]))] = values  # a store may keep fewer outcomes
-            at += n
+            for view, lines in self.views.items():
+                row = p.row if view == "main" else p.others[view]
+                where = lines.put(b, at[view], row, number, p.row_id)
+                at[view] = where.stop
+                if view == "main":
+                    self._put_signals(b, where, p.signals)
+
+    def _put_signals(self, b: int, where: slice, signals: Mapping[str, SignalRow | None]) -> None:
+        for name, said in signals.items():
+            for array, into in self.signals[name].items() if said is not None else ():
+                values = getattr(said, array)[:where.stop - where.start]
+                into[(b, where, *(slice(k) for k in values.shape[1:]))] = values  # a store may keep fewer outcomes
 
     def batch(self) -> Batch:
-        main = Stream(tokens=self.tokens, positions=self.positions, segment_ids=self.segment_ids, roles=self.roles,
-                      step_ids=self.step_ids, weights=self.weights, row_ids=self.row_ids)
         signals: dict[str, Signal] = {name: self._kinds[name](**a) for name, a in self.signals.items()}
-        return Batch(views={"main": main}, signals=signals)
+        return Batch(views={name: Stream(**lines.arrays) for name, lines in self.views.items()}, signals=signals)
 
 
 def by_role(tokens: np.ndarray, roles: np.ndarray, tok: Tokenizer) -> list[tuple[Role, str]]:

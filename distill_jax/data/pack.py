@@ -58,8 +58,10 @@ class Plan:
 
 
 def plan(lengths: np.ndarray, *, seq_len: int, seed: int, rows: np.ndarray | None = None, pack: bool = True,
-         window: int = 8192, over_long: OverLong = "drop") -> Plan:
+         window: int = 8192, over_long: OverLong = "drop", room: np.ndarray | None = None) -> Plan:
     """Plan over the rows with these lengths [N]; `rows` [N] are their numbers (default 0..N-1).
+
+    room [N]: what a row takes of a sequence where that is more than its own tokens (a further view fills up first).
 
     pack=False puts one row in each sequence. Rows longer than seq_len are left out ("drop") or counted as seq_len
     ("cut": the reader keeps their first seq_len tokens, which cuts the answer off). Raises ValueError when no row is
@@ -67,20 +69,21 @@ def plan(lengths: np.ndarray, *, seq_len: int, seed: int, rows: np.ndarray | Non
     """
     lengths = np.asarray(lengths, np.int64)
     ids = np.arange(len(lengths)) if rows is None else np.asarray(rows, np.int64)
-    long = lengths > seq_len
+    needed = lengths if room is None else np.maximum(lengths, np.asarray(room, np.int64))
+    long = needed > seq_len
     keep = (lengths > 0) & (~long if over_long == "drop" else True)
     if not keep.any():
-        longest = f"; the shortest row has {lengths.min()} tokens, seq_len is {seq_len}" if len(lengths) else ""
+        longest = f"; the shortest row has {needed.min()} tokens, seq_len is {seq_len}" if len(lengths) else ""
         raise ValueError(f"no row to train on: {len(lengths)} rows{longest}. Raise seq_len or relax the filters.")
-    ids, size = ids[keep], np.minimum(lengths[keep], seq_len)
+    ids, size = ids[keep], np.minimum(needed[keep], seq_len)
     shuffled = np.random.default_rng([seed, 0]).permutation(len(ids))
     ids, size = ids[shuffled], size[shuffled]
     if pack:
         order, offsets = _best_fit(size, seq_len, window)
     else:
         order, offsets = np.arange(len(ids)), np.arange(len(ids) + 1)
-    count = int(long.sum())
-    return Plan(rows=ids[order], offsets=offsets, seq_len=seq_len, seed=seed, tokens=int(size.sum()),
+    count, tokens = int(long.sum()), int(np.minimum(lengths[keep], seq_len).sum())
+    return Plan(rows=ids[order], offsets=offsets, seq_len=seq_len, seed=seed, tokens=tokens,
                 dropped=count if over_long == "drop" else 0, cut=count if over_long == "cut" else 0)
 
 

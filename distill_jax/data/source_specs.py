@@ -4,7 +4,7 @@ Frozen specs without any reading; `data.sources.open_source` opens them.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from distill_jax.data.pack import OverLong
@@ -72,6 +72,25 @@ class Store:
             raise ValueError(f"holdout is a share of the questions in [0, 1), got {self.holdout}")
         if self.split == "heldout" and self.holdout == 0:
             raise ValueError("split='heldout' needs holdout > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retokenised:
+    """A view of the same rows as another model reads them: its tokenizer, its template. Sequence, order and segment
+    numbers are those of `main`; tokens, and so positions, are its own.
+
+    reader   provider whose tokenizer it is, e.g. a teacher with another vocabulary
+    seq_len  tokens of a sequence of this view; None: as many as `main`
+    Rows too long for either view are left out (none is cut: that would part the two sides), and sequences are packed
+    so that they fit both.
+    """
+
+    reader: str = field(kw_only=False)
+    seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_len is not None and self.seq_len < 2:
+            raise ValueError(f"seq_len of a view must be at least 2, got {self.seq_len}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,11 +86,23 @@ SMALL_STORE = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A `Retokenised` view with its tokenizer at hand. seq_len: tokens of its sequences."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+
+
+Readings = Mapping[str, Reading]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """One store, opened: its rows, the plan over them, and its signals."""
+    """One store, opened: its rows, the plan over them, and its signals. others: {view: the rows in other tokens}."""
 
     spec: Store
     rowset: RowSet
+    others: dict[str, RowSet] = field(default_factory=dict)
     plan: Plan
     signals: dict[str, SignalReader]
     left_out: dict[str, int]
@@ -113,13 +125,15 @@ class RowSource:
     @property
     def small(self) -> bool:
         outcomes = sum(max(1, r.header.k) for r in self.signals.values())
-        return self.plan.tokens * (16 + 8 * outcomes) <= SMALL_STORE
+        return self.plan.tokens * (16 * (1 + len(self.others)) + 8 * outcomes) <= SMALL_STORE
 
     def _read(self, numbers: np.ndarray, signals: bool) -> list[Placed]:
         rows = self.rowset.read(numbers)
         readers = self.signals if signals else {}
         said = {n: self.rowset.read_signal(r, numbers, rows) for n, r in readers.items()}
-        return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()})
+        others = {view: rowset.read(numbers) for view, rowset in self.others.items()}
+        return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()},
+                       others={view: r[j] for view, r in others.items()})
                 for j, (i, row) in enumerate(zip(numbers, rows))]
 
     def describe(self) -> dict[str, Any]:
@@ -129,7 +143,8 @@ class RowSource:
                 "kept": round(float(self.rowset.lengths.sum() / max(1, self.rowset.whole.sum())), 4),
                 "tokens_per_epoch": p.tokens, "fill": round(p.fill, 4), "rendered": "stored" if self.rowset.stored
                 else "again", "signals": sorted(self.signals), "signal_coverage": round(self.coverage, 4),
-                "rows_without_signal": int((~self.rowset.attached).sum()) if self.signals else 0}
+                "rows_without_signal": int((~self.rowset.attached).sum()) if self.signals else 0,
+                **{f"tokens_per_epoch/{v}": int(r.lengths[p.rows].sum()) for v, r in self.others.items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +159,7 @@ class BatchSource:
     seq_len: int
     tokenizer: Tokenizer
     signals: dict[str, SignalHeader]
+    readings: Readings = field(default_factory=dict)
     shares: tuple[float, ...] = (1.0,)
     taken: tuple[int, ...] = ()
     since: int = 0
@@ -172,7 +188,8 @@ class BatchSource:
         return out
 
     def _build(self, assigned: Sequence[tuple[int, int]], signals: bool) -> Batch:
-        builder = BatchBuilder(len(assigned), self.seq_len, self.signals if signals else {})
+        builder = BatchBuilder(len(assigned), self.seq_len, self.signals if signals else {},
+                               {view: r.seq_len for view, r in self.readings.items()})
         for number, part in enumerate(self.parts):
             where = [b for b, (p, _) in enumerate(assigned) if p == number]
             for b, placed in zip(where, part.sequences([assigned[b][1] for b in where], signals)):
@@ -231,6 +248,10 @@ class PhasedSource:
     def signals(self) -> dict[str, SignalHeader]:
         return self.parts[0].signals
 
+    @property
+    def readings(self) -> Readings:
+        return self.parts[0].readings
+
     def head(self, signal: str) -> StoredHead:
         return self.parts[0].head(signal)
 
@@ -265,27 +286,28 @@ def _rota(shares: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     return order, counts
 
 
-def open_source(spec: Source, tokenizer: Tokenizer, *, seed: int) -> BatchSource | PhasedSource:
-    """Open the stores, check that they fit the tokenizer, and plan. Raises ValueError saying what does not fit."""
+def open_source(spec: Source, tokenizer: Tokenizer, *, seed: int, readings: Readings | None = None
+                ) -> BatchSource | PhasedSource:
+    """Open the stores, check that they fit the tokenizer, and plan. readings: further views by name, in the tokens of
+    other models. Raises ValueError saying what does not fit."""
+    readings = dict(readings or {})
     if isinstance(spec, Phases):
-        opened = [_open_source(s, tokenizer, seed) for s in spec.sources]
+        opened = [_open_source(s, tokenizer, seed, readings) for s in spec.sources]
         signals = _headers([part for source in opened for part in source.parts])
         return PhasedSource(parts=tuple(replace(source, signals=signals) for source in opened),
                             starts=(0, *itertools.accumulate(spec.steps)))
-    return _open_source(spec, tokenizer, seed)
+    return _open_source(spec, tokenizer, seed, readings)
 
 
-def _open_source(spec: Store | Mix, tokenizer: Tokenizer, seed: int) -> BatchSource:
-    if isinstance(spec, Store):
-        parts = (open_store(spec, tokenizer, seed=seed),)
-        return BatchSource(parts=parts, rows=spec.rows, seq_len=spec.seq_len, tokenizer=tokenizer,
-                           signals=_headers(parts))
-    parts = tuple(open_store(s, tokenizer, seed=seed) for s in spec.sources)
-    return BatchSource(parts=parts, rows=spec.rows, seq_len=spec.seq_len, tokenizer=tokenizer,
-                       signals=_headers(parts), shares=tuple(w / sum(spec.weights) for w in spec.weights))
+def _open_source(spec: Store | Mix, tokenizer: Tokenizer, seed: int, readings: Readings) -> BatchSource:
+    specs = (spec,) if isinstance(spec, Store) else spec.sources
+    weights = (1.0,) if isinstance(spec, Store) else spec.weights
+    parts = tuple(open_store(s, tokenizer, seed=seed, readings=readings) for s in specs)
+    return BatchSource(parts=parts, rows=spec.rows, seq_len=spec.seq_len, tokenizer=tokenizer, readings=readings,
+                       signals=_headers(parts), shares=tuple(w / sum(weights) for w in weights))
 
 
-def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int) -> RowSource:
+def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int, readings: Readings | None = None) -> RowSource:
     """One store of a source."""
     path = spec.path
     if "://" not in path and not Path(path).exists():
@@ -303,10 +325,21 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int) -> RowSource:
                              f"`distill-jax score`, which continues where it stopped")
     coverage = rowset.coverage() if signals else 1.0
     if spec.prefix is not None:
+        if readings:
+            raise ValueError(f"a prefix keeps a share of the tokens, which in view {next(iter(readings))!r} are "
+                             "others: drop prefix= or the view")
         groups = store.index().groups
         rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
-    made = plan(rowset.lengths, seq_len=spec.seq_len, seed=seed, pack=spec.pack, over_long=spec.over_long)
-    return RowSource(spec=spec, rowset=rowset, plan=made, signals=signals, left_out=left_out, coverage=coverage)
+    others = {view: open_rows(store, chosen, r.tokenizer, spec.style, spec.ops, seed)
+              for view, r in (readings or {}).items()}
+    room = None
+    for view, r in (readings or {}).items():  # as many places of `main` as the row takes of the other view
+        taken = -(-others[view].lengths.astype(np.int64) * spec.seq_len // r.seq_len)
+        room = taken if room is None else np.maximum(room, taken)
+    made = plan(rowset.lengths, seq_len=spec.seq_len, seed=seed, pack=spec.pack, room=room,
+                over_long="drop" if readings else spec.over_long)
+    return RowSource(spec=spec, rowset=rowset, others=others, plan=made, signals=signals, left_out=left_out,
+                     coverage=coverage)
 
 
 def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:

@@ -1,9 +1,11 @@
 """Further views of a batch, made from its `main` view on the device. A view is `fn(Stream) -> Stream`, rows kept.
 
-Rows and segment numbers stay those of `main`, which is how losses find the same document in two views.
+Rows and segment numbers stay those of `main`, which is how losses find the same document in two views. A view of
+other tokens is not made here but by the source (`source_specs.Retokenised`); `Derived` makes a view of that one.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +15,26 @@ from distill_jax.core.batch import Stream
 from distill_jax.core.roles import PAD, THINK
 
 Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A view that `make` makes of view `of`, where that is not `main`."""
+
+    of: str
+    make: Callable[[Stream], Stream]
+
+
+def with_made(views: Mapping[str, Stream], makers: Mapping[str, Callable[[Stream], Stream] | Derived]
+              ) -> dict[str, Stream]:
+    """The views of a batch and those that `makers` make of them. Raises ValueError for a view that is not there."""
+    out = dict(views)
+    for name, make in makers.items():
+        made = make if isinstance(make, Derived) else Derived("main", make)
+        if made.of not in out:
+            raise ValueError(f"view {name!r} is made of view {made.of!r}; there are {sorted(out)}")
+        out[name] = made.make(out[made.of])
+    return out
 
 
 def without_thinking(stream: Stream) -> Stream:

@@ -54,7 +54,7 @@ class OnPolicySteering:
         """The batches of the round of `state`."""
         since, opened, share = int(state["since"]), self._opened, self.spec.share
         answers = open_store(dataclasses.replace(self._round, path=self._path(since)), self._tok,
-                             seed=self._seed + since)
+                             seed=self._seed + since, readings=opened.readings)
         return dataclasses.replace(
             opened, parts=(*opened.parts, answers), since=since, taken=(*(int(x) for x in state["taken"]), 0),
             shares=(*((1 - share) * s for s in opened.shares), share))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.data.source_specs import Mix, Source, Store, map_stores, stores
+from distill_jax.data.sources import Reading, Readings
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.recipe import Recipe, Stage, Student, load_recipe, resolve
 from distill_jax.traces.store import TraceStore
@@ -15,12 +16,18 @@ from distill_jax.traces.store import TraceStore
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """A source with the tokenizers that meet on it. vocabularies: rows of the output head by provider."""
+    """A source with the tokenizers that meet on it.
+
+    teachers      by provider, of those that read the student's own tokens
+    readings      the views that are in other tokens
+    vocabularies  rows of the output head by provider, of the student and those teachers
+    """
 
     source: Source
     tokenizer: Tokenizer
     seed: int = 0
     teachers: Mapping[str, Tokenizer] = field(default_factory=dict)
+    readings: Readings = field(default_factory=dict)
     vocabularies: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -73,12 +80,20 @@ def _of_recipe(recipe: Recipe, name: str | None, tokenizer: str | None) -> Feed:
         raise ValueError(f"recipe {recipe.name!r} has no training stage {name or ''!r}; it has "
                          f"{[s.name for s in stages]}")
     student = next(p for p in chosen.models.values() if p.trainable)
-    teachers = {n: p for n, p in chosen.models.items() if not p.trainable}
+    elsewhere = {v.reader for v in chosen.retokenised.values()}
+    teachers = {n: p for n, p in chosen.models.items() if not p.trainable and n not in elsewhere}
     source = map_stores(chosen.source, lambda s: dataclasses.replace(s, path=resolve(recipe, s.path)))
-    heads = {n: v for n, p in chosen.models.items() if (v := _vocabulary(recipe, p)) is not None}
+    heads = {n: v for n, p in chosen.models.items() if n not in elsewhere and (v := _vocabulary(recipe, p)) is not None}
     return Feed(source=source, seed=recipe.seed, vocabularies=heads,
                 tokenizer=load_tokenizer(tokenizer) if tokenizer else _tokenizer(recipe, student),
-                teachers={n: _tokenizer(recipe, p) for n, p in teachers.items()})
+                teachers={n: _tokenizer(recipe, p) for n, p in teachers.items()},
+                readings=readings_of(chosen, {n: _tokenizer(recipe, chosen.models[n]) for n in elsewhere}))
+
+
+def readings_of(stage: Stage, tokenizers: Mapping[str, Tokenizer]) -> dict[str, Reading]:
+    """The views of a stage that are in other tokens; tokenizers: by provider, at least of their readers."""
+    return {name: Reading(tokenizer=tokenizers[view.reader], seq_len=view.seq_len or stage.source.seq_len)
+            for name, view in stage.retokenised.items()}
 
 
 def _tokenizer(recipe: Recipe, provider: Student) -> Tokenizer:

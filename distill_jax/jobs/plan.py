@@ -14,13 +14,16 @@ import jax
 
 from distill_jax.core import tree
 from distill_jax.data.source_specs import stores
+from distill_jax.data.views import Derived
 from distill_jax.jobs.hardware import Device
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import hub_config
 from distill_jax.models import families
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.memory import lift_bytes
+from distill_jax.objective.term import build_objective
 from distill_jax.recipe import AnyProjector, Recipe, Stage, Student, resolve
+from distill_jax.train.sources import needed_states, provider_of
 
 SIGNAL_BYTES = {"token": 1.0}  # per token; topk: see `_signal_bytes`
 
@@ -77,19 +80,21 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
     rows, length = source.rows, source.seq_len
     tokens = rows * length
     shards, row_shards = _mesh_factors(recipe, devices)
+    lengths = {"main": length} | {n: v.seq_len or length for n, v in stage.retokenised.items()}
+    runs = _runs(stage, configs, lengths)
     flops = 0.0
     memory: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for name, provider in stage.models.items():
         c = configs[name]
         n = c.num_params / shards
         compute = 2 if provider.precision == "bfloat16" else 4
-        flops += (3 if provider.trainable else 1) * tokens * c.flops_per_token(length)
+        flops += sum((3 if provider.trainable else 1) * rows * t * c.flops_per_token(t) for t in runs[name])
         memory["parameters"] += n * (4 if provider.trainable else compute)
         if provider.trainable:
             memory["optimiser"] += 8 * n
             memory["gradients"] += 4 * n + (compute * n if compute == 2 else 0)
-        local = tokens / row_shards / stage.micro_batches
-        memory["activations"] += local * _activation_bytes(c, provider, compute)
+        local = rows * max(runs[name]) / row_shards / stage.micro_batches
+        memory["activations"] += sum(runs[name]) / max(runs[name]) * local * _activation_bytes(c, provider, compute)
         memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
                                      trainable=provider.trainable)
     sizes = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
@@ -97,14 +102,28 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         memory["parameters"] += 4 * n
         memory["optimiser"] += 8 * n
         memory["gradients"] += 4 * n
-    memory["batch"] = tokens / row_shards * (7 * 4 + sum(_signal_bytes(s) for s in source.signals) * 4)
+    memory["batch"] = rows / row_shards * (7 * 4 * sum(lengths.values()) + 4 * length * sum(
+        _signal_bytes(s) for s in source.signals))
     student = next(configs[n] for n, p in stage.models.items() if p.trainable)
     return StagePlan(
         name=stage.name, tokens_per_step=tokens, steps=stage.steps, memory=memory, flops=flops,
         params={n: c.num_params for n, c in configs.items()} | sizes,
         seconds=stage.steps * flops / (device.flops * device.mfu * devices),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
-        notes=_notes(configs, length))
+        notes=_notes(configs, runs, stage.on_policy is not None))
+
+
+def _runs(stage: Stage, configs: Mapping[str, ModelConfig], lengths: Mapping[str, int]) -> dict[str, list[int]]:
+    """{model: tokens of a row in each of the views it is run on}, once where no term reads it."""
+    projectors = {n: open_projector(p, configs) for n, p in stage.projectors.items()}
+    of = dict(lengths)
+    for name, made in stage.made_views.items():
+        of[name] = of[made.of if isinstance(made, Derived) else "main"]
+    out: dict[str, list[int]] = {name: [] for name in configs}
+    for source in needed_states(build_objective(stage.terms).states, projectors):
+        if (name := provider_of(source)) in out:
+            out[name].append(of[source.split("/")[1]])
+    return {name: views or [lengths["main"]] for name, views in out.items()}
 
 
 def _projector_params(spec: AnyProjector, configs: Mapping[str, ModelConfig]) -> int:
@@ -150,9 +169,11 @@ def _store_bytes(recipe: Recipe, stage: Stage) -> float | None:
     return total
 
 
-def _notes(configs: Mapping[str, ModelConfig], length: int) -> tuple[str, ...]:
-    out = [f"{n}: rows of {length} tokens exceed the model's context of {c.context_length}"
-           for n, c in configs.items() if length > c.context_length]
+def _notes(configs: Mapping[str, ModelConfig], runs: Mapping[str, list[int]], sampling: bool) -> tuple[str, ...]:
+    out = [f"{n}: rows of {max(runs[n])} tokens exceed the model's context of {c.context_length}"
+           for n, c in configs.items() if max(runs[n]) > c.context_length]
+    if sampling:
+        out.append("sampling the student's own answers is not in the FLOPs and the time")
     sizes = {c.vocab_size for c in configs.values()}
     if len(sizes) > 1:
         out.append(f"heads of different sizes {sorted(sizes)}: ids beyond the real ones are masked")
@@ -195,6 +216,7 @@ def table(plans: list[StagePlan], device: Device, name: str, devices: int) -> An
                                    for p in plans]))
     for label, cells in rows:
         t.add_row(label, *cells)
+    t.caption = "\n".join(f"{p.name}: {note}" for p in plans for note in p.notes) or None
     return t
 
 

@@ -28,15 +28,28 @@ def show_batch(source: BatchSource | PhasedSource, step: int, tok: Tokenizer, co
     console.print(Text(f"step {step}: {main.tokens.shape[0]} x {main.tokens.shape[1]}, {used.mean():.1%} filled, "
                        f"{int(main.segment_ids.max(axis=1).sum())} rows, {int(weighted.sum()):,} supervised tokens"))
     console.print(_legend(main.roles))
+    for view, reading in source.readings.items():
+        other: Any = batch.views[view]
+        console.print(Text(f"view {view}, in the tokens of {reading.tokenizer.name}: "
+                           f"{other.tokens.shape[0]} x {other.tokens.shape[1]}, "
+                           f"{(other.segment_ids > 0).mean():.1%} filled"))
     for b in rows:
         if not 0 <= b < main.tokens.shape[0]:
             raise ValueError(f"no row {b}; the batch has rows 0 to {main.tokens.shape[0] - 1}")
         console.print(Text(f"\nrow {b}", style="bold"))
-        running = Text()
-        for role, text in by_role(main.tokens[b], main.roles[b], tok):
-            running.append(f"[{text}]" if role is Role.PAD else text, style=ROLE_STYLE[role])
-        console.print(running, soft_wrap=True)
+        console.print(_running(main, b, tok), soft_wrap=True)
+        for view, reading in source.readings.items():
+            console.print(Text(f"\nrow {b}, view {view}", style="bold"))
+            console.print(_running(batch.views[view], b, reading.tokenizer), soft_wrap=True)
         console.print(_token_table(batch, b, tok, tokens, start))
+
+
+def _running(stream: Any, b: int, tok: Tokenizer) -> Text:
+    """The text of a row, coloured by role."""
+    out = Text()
+    for role, text in by_role(stream.tokens[b], stream.roles[b], tok):
+        out.append(f"[{text}]" if role is Role.PAD else text, style=ROLE_STYLE[role])
+    return out
 
 
 def _legend(roles: np.ndarray) -> Text:

@@ -16,11 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distill_jax.core import spec
 from distill_jax.core.head import Head
 from distill_jax.data.source_specs import Source, Store, map_stores
-from distill_jax.data.sources import check_supervised, open_source, serve
+from distill_jax.data.sources import Readings, check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
 from distill_jax.jobs.mixing import steering_of
 from distill_jax.jobs.on_policy import OnPolicySteering
+from distill_jax.jobs.opening import readings_of
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
@@ -97,7 +98,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     projectors = {n: open_projector(p, configs) for n, p in stage.projectors.items()}
     student = next(p for p in providers.values() if p.spec.trainable)
     where = resolved(stage.source, context)
-    source = open_source(where, student.tokenizer, seed=context.seed)
+    readings = readings_of(stage, {n: p.tokenizer for n, p in providers.items()})
+    source = open_source(where, student.tokenizer, seed=context.seed, readings=readings)
     if source.seq_len > student.model.config.context_length:
         raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
                          f"{student.model.config.context_length}; lower source.seq_len")
@@ -114,7 +116,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
     specs = {n: stage.projectors[n].optim or stage.optim if n in projectors else stage.optim for n in trained}
     optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
-    config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.views, mesh=mesh,
+    config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.made_views, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
     opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
@@ -129,9 +131,9 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     evaluations, outer = {}, None
     if (found := fused_term(objective)) is not None:
         outer = Outer(fn=make_outer(config), every=found[2].every,
-                      heldout=open_heldout(stage, context, student.tokenizer))
+                      heldout=open_heldout(stage, context, student.tokenizer, readings))
     if stage.heldout:
-        heldout = Heldout(stage, context, config, frozen, student.tokenizer)
+        heldout = Heldout(stage, config, frozen, open_heldout(stage, context, student.tokenizer, readings))
         evaluations["heldout"] = Evaluation(fn=heldout)
     with jax.set_mesh(mesh):
         fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations,
@@ -187,20 +189,19 @@ def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -
     return sum(one(i * steps // n) for i in range(n)) / n * steps
 
 
-def open_heldout(stage: Stage, context: RunContext, tokenizer: Tokenizer) -> Any:
+def open_heldout(stage: Stage, context: RunContext, tokenizer: Tokenizer, readings: Readings) -> Any:
     """Batches of whole rows of the held-out split. Raises ValueError where the source has none."""
     if not isinstance(stage.source, Store):
         raise ValueError(f"held-out rows need a single Store as source, got a {type(stage.source).__name__}")
     where = dataclasses.replace(resolved(stage.source, context), split="heldout", prefix=None)
-    return open_source(where, tokenizer, seed=context.seed)
+    return open_source(where, tokenizer, seed=context.seed, readings=readings)
 
 
 class Heldout:
     """Means of every term and of plain cross-entropy over whole rows of the held-out split: a callback of the loop."""
 
-    def __init__(self, stage: Stage, context: RunContext, config: StepConfig, frozen: Mapping[str, Any],
-                 tokenizer: Tokenizer) -> None:
-        self.source = open_heldout(stage, context, tokenizer)
+    def __init__(self, stage: Stage, config: StepConfig, frozen: Mapping[str, Any], source: Any) -> None:
+        self.source = source
         self.batches = -(-stage.heldout // self.source.rows)
         self.frozen, self.mesh, self.step = frozen, config.mesh, jnp.int32(stage.steps)
         objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)})

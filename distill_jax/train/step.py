@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distill_jax.core import tree
 from distill_jax.core.batch import Batch, Stream, TopK
 from distill_jax.core.head import Head
+from distill_jax.data.views import Derived, with_made
 from distill_jax.models.projectors import ProjectorModel
 from distill_jax.objective.term import Objective, Weights
 from distill_jax.sharding import batch_spec
@@ -43,7 +44,7 @@ class StepConfig:
 
     models         {provider: model}; those with an optimiser are trained, the others stay as they are
     projectors     {provider: projector}: trained maps between the models' spaces, run after them
-    views          {name: function of the `main` stream}: further views, made of the whole batch before it is cut up
+    views          further views (`data.views`), made of the whole batch before it is cut up
     micro_batches  M: the rows of a batch are cut into this many parts, run one after another
     mesh           devices; rows are cut over its `data` and `fsdp` axes
     flops          {provider: FLOPs counter} for the MFU; empty: not reported
@@ -54,7 +55,7 @@ class StepConfig:
     models: Mapping[str, Model]
     optimizers: Optimizers = field(default_factory=dict)
     projectors: Mapping[str, ProjectorModel] = field(default_factory=dict)
-    views: Mapping[str, Callable[[Stream], Stream]] = field(default_factory=dict)
+    views: Mapping[str, Callable[[Stream], Stream] | Derived] = field(default_factory=dict)
     micro_batches: int = 1
     mesh: Mesh
     flops: Mapping[str, Flops] = field(default_factory=dict)
@@ -175,8 +176,8 @@ def _made(config: StepConfig, params: Params, batch: Batch) -> Made:
 
 
 def with_views(config: StepConfig, batch: Batch) -> Batch:
-    """The batch with the views that the stage makes of `main`."""
-    return replace(batch, views=batch.views | {name: make(batch.main) for name, make in config.views.items()})
+    """The batch with the views that the stage makes of those it has."""
+    return replace(batch, views=with_made(batch.views, config.views))
 
 
 def check_layers(source: str, model: Any, layers: tuple[Any, ...]) -> None:

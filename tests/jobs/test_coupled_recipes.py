@@ -17,19 +17,22 @@ from tests.data.storing import make_store, some_traces
 from tests.jobs.teachers import teacher_folder
 
 NAMES = ("dskd", "dskd_cma", "sinkd", "cot2align", "tgeo_kd")
+CROSS = ("dskd_cma", "cot2align")
+"""Recipes whose teacher reads other tokens than the student."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(student folder, teacher folder, store with a top-k signal)."""
+    """(student folder, teacher folder, the same teacher with another tokenizer, store with a top-k signal)."""
     root = tmp_path_factory.mktemp("world")
-    tok = load_tokenizer(tiny_folder(root / "tokenizer"))
+    tok, other = (load_tokenizer(tiny_folder(root / f"tokenizer{n}", vocabulary=n)) for n in (400, 300))
     make_store(root / "store", some_traces(24), tok, signal="topk")
-    return teacher_folder(root / "student", tok), teacher_folder(root / "teacher", tok, seed=1), root / "store"
+    return (teacher_folder(root / "student", tok), teacher_folder(root / "teacher", tok, seed=1),
+            teacher_folder(root / "foreign", other, seed=1, context=256), root / "store")
 
 
 def tiny(name, world, runs, *extra):
-    student, teacher, store = world
+    student, teacher, foreign, store = world
     sets = [f"student={student}", f"source.path={store}", f"runs={runs}", "source.rows=8", "source.seq_len=96",
             "source.holdout=0.25", "steps=2", "micro_batches=1", "heldout=8", "log_every=1", *extra]
     if name == "tgeo_kd":
@@ -38,7 +41,7 @@ def tiny(name, world, runs, *extra):
     elif name == "sinkd":
         sets += ["source.signals=[topk]", "terms.kl.target=signals/topk", "terms.sinkhorn.target=signals/topk"]
     else:
-        sets.append(f"teacher={teacher}")
+        sets.append(f"teacher={foreign if name in CROSS else teacher}")
     return load_recipe(f"configs/recipes/{name}.py", sets)
 
 
