@@ -27,7 +27,7 @@ nightly: test parity  ## the slow tests, the long fault campaign, and the quicks
 	$(PY) -m distill_jax train configs/quickstart.py --set seed=2 --set name=quickstart-seed2
 
 lint: venv      ## ruff and pyright
-	$(PY) -m ruff check . && $(PY) -m pyright
+	$(PY) -m ruff check . && $(PY) -m pyright --pythonpath $(PY)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache

@@ -22,6 +22,6 @@ def recipe() -> Recipe:
     return Recipe(name="taid", stages=(Stage(
         source=Store(path="traces/", signals=("topk64",), rows=64, seq_len=4096, holdout=0.02),
         providers={"student": Student(model="Qwen/Qwen2.5-0.5B", precision="bfloat16", remat="dots")},
-        terms={"taid": Term(loss=taid, target="signals/topk64", kwargs={"t": TAIDSchedule(steps=4000, start=0.4)})},
+        terms={"taid": Term(loss=taid, target="signals/topk64", kwargs={"t": TAIDSchedule(start=0.4)})},
         optim=AdamW(peak_lr=1e-5, warmup=100),
         steps=4000, micro_batches=2, saving=Saving(steps=500), heldout=256),))

@@ -38,7 +38,7 @@ from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import STEERED, Evaluation, Outer, Run, fit
 from distill_jax.train.sources import provider_of
-from distill_jax.train.state import create_state
+from distill_jax.train.state import TrainState, create_state
 from distill_jax.train.step import StepConfig, make_evaluation, with_views
 
 
@@ -103,7 +103,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     if source.seq_len > student.model.config.context_length:
         raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
                          f"{student.model.config.context_length}; lower source.seq_len")
-    objective = build_objective(stage.terms)
+    objective = build_objective(stage.terms, stage.steps)
     if missing := sorted(set(objective.signals) - set(source.signals)):
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
                          "source.signals after `distill-jax score`")
@@ -203,17 +203,17 @@ class Heldout:
     def __init__(self, stage: Stage, config: StepConfig, frozen: Mapping[str, Any], source: Any) -> None:
         self.source = source
         self.batches = -(-stage.heldout // self.source.rows)
-        self.frozen, self.mesh, self.step = frozen, config.mesh, jnp.int32(stage.steps)
-        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)})
-        self.controllers = objective.init()
+        self.frozen, self.mesh = frozen, config.mesh
+        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)}, stage.steps)
+        self.controllers = tuple(objective.init())
         self.values: dict[str, float] = {}
         self._sums = make_evaluation(dataclasses.replace(config, objective=objective))
 
-    def __call__(self, params: Mapping[str, Any], step: int) -> Mapping[str, float]:
-        total = None
+    def __call__(self, state: TrainState) -> Mapping[str, float]:
+        total, controllers = None, {name: state.controllers[name] for name in self.controllers}
         for i in range(self.batches):
             batch = place_global(self.source.batch(i), self.mesh)
-            got = jax.device_get(self._sums(params, self.frozen, batch, self.step, self.controllers))
+            got = jax.device_get(self._sums(state.params, self.frozen, batch, state.step, controllers))
             total = got if total is None else jax.tree.map(np.add, total, got)
         assert total is not None
         self.values = {name: float(v) for name, v in means(total).items() if "/" not in name or float(v)}

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from distill_jax.core.schedules import known
 from distill_jax.losses.rows.trilateral import FEATURES, parameters
 
 Array = Any
@@ -42,12 +43,12 @@ class TAIDSchedule:
     t <- min(stop, max(ramp(step), t + alpha sigmoid(m) (1 - t))), ramp from `start` to `stop` over `steps` updates.
     The first update only remembers the loss; so does one whose loss is not finite or zero (nothing counted).
 
-    steps     updates until the ramp ends
+    steps     updates until the ramp ends; None: the stage's
     adaptive  False: the ramp alone
     watch     name of the term whose mean loss is L; "" = the term it belongs to
     """
 
-    steps: int
+    steps: int | None = None
     start: float = 0.4
     stop: float = 1.0
     alpha: float = 5e-4
@@ -56,7 +57,7 @@ class TAIDSchedule:
     watch: str = ""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"TAIDSchedule.steps must be at least 1, got {self.steps}")
         if not 0.0 <= self.start <= self.stop <= 1.0:
             raise ValueError(f"TAIDSchedule needs 0 <= start <= stop <= 1, got start={self.start}, stop={self.stop}")
@@ -73,14 +74,14 @@ class TAIDSchedule:
         if key not in metrics:
             raise ValueError(f"TAIDSchedule watches {key!r}; measured: {sorted(metrics)}")
         loss, before, t = jax.lax.stop_gradient(metrics[key]), state["previous"], state["t"]
-        ramp = self.start + (self.stop - self.start) * jnp.asarray(step, jnp.float32) / self.steps
+        ramp = self.start + (self.stop - self.start) * jnp.asarray(step, jnp.float32) / known(self)
         usable = jnp.isfinite(loss) & (loss != 0)
-        known = usable & jnp.isfinite(before)
-        fall = jnp.where(known, (before - loss) / (jnp.where(known, before, 1.0) + 1e-15), 0.0)
+        moves = usable & jnp.isfinite(before)
+        fall = jnp.where(moves, (before - loss) / (jnp.where(moves, before, 1.0) + 1e-15), 0.0)
         momentum = self.beta * state["momentum"] + (1.0 - self.beta) * fall
         ahead = self.alpha * jax.nn.sigmoid(momentum) * (1.0 - t) if self.adaptive else 0.0
         moved = jnp.minimum(self.stop, jnp.maximum(ramp, t + ahead))
-        return {"t": jnp.where(known, moved, t), "momentum": jnp.where(known, momentum, state["momentum"]),
+        return {"t": jnp.where(moves, moved, t), "momentum": jnp.where(moves, momentum, state["momentum"]),
                 "previous": jnp.where(usable, loss, before)}
 
 

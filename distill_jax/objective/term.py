@@ -13,7 +13,7 @@ Shapes: B rows, T tokens.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from distill_jax.core.batch import Batch, Stream
 from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
-from distill_jax.core.schedules import Schedule
+from distill_jax.core.schedules import Schedule, until
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import OWN, Controller
 from distill_jax.objective.coupled import CoupledTerm, Given, Layer, check_coupled, coupled_values
@@ -202,10 +202,13 @@ class Objective:
         return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
 
 
-def build_objective(terms: Mapping[str, AnyTerm]) -> Objective:
-    """Check the terms against each other. Raises ValueError when there is none or a name cannot be used."""
+def build_objective(terms: Mapping[str, AnyTerm], steps: int | None = None) -> Objective:
+    """Check the terms against each other. steps: updates of the stage, for schedules that run to its end. Raises
+    ValueError when there is no term or a name cannot be used."""
     if not terms:
         raise ValueError("an objective needs at least one term")
+    if steps is not None:
+        terms = {name: _until(term, steps) for name, term in terms.items()}
     for name, term in terms.items():
         if name == OWN or "/" in name or "." in name:
             raise ValueError(f"term name {name!r} cannot be used: no '/' or '.', and not {OWN!r}")
@@ -217,6 +220,11 @@ def build_objective(terms: Mapping[str, AnyTerm]) -> Objective:
             raise ValueError(f"term {name!r} compares {term.student!r} with {term.target!r}, but the tokens of two "
                              "views differ; use one view on both sides")
     return Objective(dict(terms))
+
+
+def _until(term: AnyTerm, steps: int) -> AnyTerm:
+    kwargs = {k: until(v, steps) for k, v in term.kwargs.items()}
+    return replace(term, weight=until(term.weight, steps), kwargs=kwargs)
 
 
 def _moves(value: Any) -> bool:

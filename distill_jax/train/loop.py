@@ -56,9 +56,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """`fn(params {provider: tree}, step) -> numbers`, called every so many updates (0: only at the end)."""
+    """`fn(state) -> numbers`, called every so many updates (0: only at the end)."""
 
-    fn: Callable[[Mapping[str, Tree], int], Mapping[str, float]]
+    fn: Callable[[TrainState], Mapping[str, float]]
     every: int = 0
 
 
@@ -275,7 +275,7 @@ class _Loop:
         if not due:
             return
         began = time.perf_counter()
-        values = {f"{name}/{key}": float(v) for name, e in due.items() for key, v in e.fn(state.params, done).items()}
+        values = {f"{name}/{key}": float(v) for name, e in due.items() for key, v in e.fn(state).items()}
         self.reporter.write(done, values)
         self.reporter.say("  ".join(f"{name} {v:.4g}" for name, v in values.items()))
         self.window.pause(time.perf_counter() - began)

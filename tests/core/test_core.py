@@ -7,7 +7,7 @@ from distill_jax.core import tree
 from distill_jax.core.batch import Batch, Stream, TopK
 from distill_jax.core.head import NEG, Head
 from distill_jax.core.roles import ANSWER, THINK, Role, parse_roles
-from distill_jax.core.schedules import Linear, WarmupCosine, at
+from distill_jax.core.schedules import Linear, WarmupCosine, at, until
 
 
 def test_roles_are_frozen():
@@ -38,6 +38,10 @@ def test_head_pads_caps_and_accumulates_in_f32():
 def test_schedules():
     assert float(at(0.5, 7)) == 0.5
     assert [float(Linear(start=0, stop=1, steps=4)(s)) for s in (0, 2, 9)] == [0, 0.5, 1]
+    assert float(until(Linear(start=0, stop=1), 4)(2)) == 0.5  # the stage's updates where it names none
+    assert until(Linear(start=0, stop=1, steps=8), 4).steps == 8 and until(0.5, 4) == 0.5
+    with pytest.raises(ValueError, match=r"Linear.steps is not known outside of a stage"):
+        Linear(start=0, stop=1)(0)
     w = WarmupCosine(peak=1.0, warmup=2, total=12, end=0.1)
     np.testing.assert_allclose([float(w(s)) for s in (0, 1, 2, 7, 12)], [0.5, 1, 1, 0.55, 0.1], rtol=1e-6)
 

@@ -14,7 +14,9 @@ from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.jobs.score import ScoreJob, score_store
 from distill_jax.losses.rows.divergences import forward_kl, reverse_kl
 from distill_jax.losses.rows.logprob import log_normalizer
+from distill_jax.losses.rows.taid import taid
 from distill_jax.losses.targets import Full, SampledTarget
+from distill_jax.objective.controllers import TAIDSchedule
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Recipe, Stage, Student
 from distill_jax.train.optim import AdamW
@@ -66,6 +68,22 @@ def test_two_steps_on_each_signal(scored, name):
     losses = [v for line in lines for k, v in line.items() if k.endswith("loss")]
     assert len(losses) >= 2 and np.isfinite(losses).all() and losses[0] > 0
     assert sorted(p for p in (folder / "s").rglob("*") if p.is_file()) == before
+
+
+def test_heldout_rows_are_judged_with_the_controllers_of_the_end(scored):
+    """TAID ends at t = 1, forward KL; at its start, t = 0, it would be zero. The ramp is as long as the stage."""
+    folder, _, model = scored
+    ramp = TAIDSchedule(start=0.0, adaptive=False)
+    recipe = Recipe(name="taid", runs=str(folder / "runs"), stages=(Stage(
+        source=Store(path=str(folder / "s"), signals=("topk64",), rows=8, seq_len=96, holdout=0.3),
+        providers={"student": Student(config=model.config, tokenizer=str(folder / "tok"), init_seed=1)},
+        terms={"taid": Term(taid, target="signals/topk64", kwargs={"t": ramp}),
+               "kl": Term(forward_kl, target="signals/topk64", weight=0.0)},
+        optim=AdamW(peak_lr=1e-3, warmup=1), steps=6, log_every=1, heldout=8),))
+    run_recipe(recipe)
+    heldout = json.loads((recipe.folder / "done.json").read_text())["result"]["heldout"]
+    assert heldout["kl"] > 0.01
+    assert 0.5 * heldout["kl"] < heldout["taid"] <= heldout["kl"] * 1.001  # t = 5/6 after the last update
 
 
 def test_states_of_another_vocabulary_are_refused(scored, tmp_path):

@@ -176,9 +176,9 @@ def test_check_and_evaluations_are_called(tmp_path):
 
     calls = []
 
-    def evaluate(params, step):
-        calls.append((step, sorted(params)))
-        return {"accuracy": step / 10}
+    def evaluate(state):
+        calls.append((int(state.step), sorted(state.params)))
+        return {"accuracy": int(state.step) / 10}
 
     train(tmp_path, 6, check=check, evaluations={"world": Evaluation(fn=evaluate, every=3)})
     assert seen == [(8, 24)] and calls == [(3, ["student"]), (6, ["student"])]
