@@ -71,7 +71,8 @@ def test_two_steps_on_each_signal(scored, name):
 
 
 def test_heldout_rows_are_judged_with_the_controllers_of_the_end(scored):
-    """TAID ends at t = 1, forward KL; at its start, t = 0, it would be zero. The ramp is as long as the stage."""
+    """TAID at t = 0 is the student's own entropy, towards t = 1 the teacher's cross-entropy. The ramp is as long as the
+    stage, whose updates it does not name."""
     folder, _, model = scored
     ramp = TAIDSchedule(start=0.0, adaptive=False)
     recipe = Recipe(name="taid", runs=str(folder / "runs"), stages=(Stage(
@@ -82,8 +83,7 @@ def test_heldout_rows_are_judged_with_the_controllers_of_the_end(scored):
         optim=AdamW(peak_lr=1e-3, warmup=1), steps=6, log_every=1, heldout=8),))
     run_recipe(recipe)
     heldout = json.loads((recipe.folder / "done.json").read_text())["result"]["heldout"]
-    assert heldout["kl"] > 0.01
-    assert 0.5 * heldout["kl"] < heldout["taid"] <= heldout["kl"] * 1.001  # t = 5/6 after the last update
+    assert heldout["taid"] > heldout["kl"] > 2.0  # the entropy is below 1
 
 
 def test_states_of_another_vocabulary_are_refused(scored, tmp_path):
