@@ -20,8 +20,8 @@ from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.data.source_specs import Source
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
-from distill_jax.objective.coupled import CoupledTerm, Layer
-from distill_jax.objective.term import Term
+from distill_jax.objective.coupled import Layer
+from distill_jax.objective.term import AnyTerm
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.train.optim import AdamW
 
@@ -147,7 +147,7 @@ class Stage:
     name: str = "train"
     source: Source
     providers: Mapping[str, Student | AnyProjector]
-    terms: Mapping[str, Term | CoupledTerm]
+    terms: Mapping[str, AnyTerm]
     views: Mapping[str, Callable[[Stream], Stream]] = field(default_factory=dict)
     optim: AdamW = AdamW()
     steps: int = 1000
