@@ -1,17 +1,20 @@
 """Terms on the log-probabilities of the tokens that stand there: policy gradients, KL, entropy, preferences.
 
 A `TokenTerm` names a token loss (`losses.tokens`), whose log-probs it trains, and those of which model it may compare
-them with; everything else as a `Term` does. The log-probs and entropies of a source are lifted once for all terms
-that read it (`lift.lift_tokens`: chunk by chunk, recomputed in the backward), then the losses run on [B,T]. The
-term's share of the total is sum_t weight_t value_t with weights made from the whole global batch, and a value depends
-on tokens of its own row at most, so the gradient does not depend on micro-batches, packing (as long as a pair is in
-one row) or devices.
+them with; everything else as a `Term` does. A term's share of the total is sum_t weight_t value_t with weights made
+from the whole global batch, and a value depends on tokens of its own row at most, so the gradient does not depend on
+micro-batches, packing (as long as a pair is in one row) or devices.
+
+Two ways to the gradient. Where every loss on a source's log-probs is `local`, the losses are row losses for
+`lift.lift_sum`: the gradient is made beside the values. Otherwise log-probs and entropies are lifted once for all terms
+of the source (`lift.lift_tokens`), the losses run on [B,T], and the backward computes the logits again, which costs
+a fourth product of the head's size. References are values only.
 
 Shapes: B rows, T tokens.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -22,12 +25,15 @@ from distill_jax.core.batch import Batch, Stream, TokenLogprob
 from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule
-from distill_jax.losses.tokens.inputs import Tokens
-from distill_jax.losses.tokens.measures import clip_fraction, entropy, logprob_gap, mean_ratio
+from distill_jax.losses.rows.logprob import entropy, log_prob
+from distill_jax.losses.targets import Known, Labels, Target
+from distill_jax.losses.tokens import measures
+from distill_jax.losses.tokens.inputs import Tokens, is_local
 from distill_jax.losses.tokens.ratios import BEHAVIOUR, Level
+from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import Controller
 from distill_jax.objective.coupled import Layer
-from distill_jax.objective.lift import lift_tokens
+from distill_jax.objective.lift import lift_sum, lift_tokens
 from distill_jax.objective.reduce import RoleSums, by_role
 
 Array = Any
@@ -100,32 +106,64 @@ def token_total(terms: Mapping[str, TokenTerm], sources: Mapping[str, tuple[Arra
     dynamic         {term: values of its scheduled and controlled kwargs}
     trainable       as in `lift_sum`; a target never gets a gradient
     """
-    lifted: dict[str, tuple[Array, Array]] = {}
-    for source in sorted({s for term in terms.values() for s in term.states}):
-        readers = [n for n, term in terms.items() if source in term.states]
-        view = terms[readers[0]].view
-        hidden, head = sources[source]
-        if not (trainable is None or source in trainable) or all(terms[n].student != source for n in readers):
-            hidden, head = jax.lax.stop_gradient((hidden, head))
-        asked = sum((masks[n] != 0 for n in readers[1:]), start=masks[readers[0]] != 0)
-        lifted[source] = lift_tokens(hidden, head, jnp.asarray(batch.views[view].tokens), mask=asked, mesh=mesh,
-                                     chunk=chunk)
+    stop = jax.lax.stop_gradient
+
+    def lifted(source: str, readers: list[str], moving: bool) -> tuple[Array, Array]:
+        """Log-probs and entropies at the tokens of any of the terms `readers`."""
+        hidden, head = sources[source] if moving else stop(sources[source])
+        asked = jnp.any(jnp.stack([masks[n] != 0 for n in readers]), axis=0)
+        return lift_tokens(hidden, head, batch.views[source.split("/")[1]].tokens, mask=asked, mesh=mesh, chunk=chunk)
+
+    references = {source: stop(lifted(source, readers, False)[0])
+                  for source, readers in _readers(terms, lambda t: t.reference).items()}
     totals, metrics = [], {}
-    for name, term in terms.items():
-        stream, weight = batch.views[term.view], jax.lax.stop_gradient(weights[name])
-        given = Tokens(logprobs=lifted[term.student][0], entropies=lifted[term.student][1], mask=masks[name] != 0,
-                       segment_ids=jnp.asarray(stream.segment_ids), fields=stream.fields,
-                       reference=_reference(name, term, lifted, batch))
-        kwargs = {k: v for k, v in term.kwargs.items() if k not in dynamic.get(name, {})} | dict(dynamic.get(name, {}))
-        values = term.loss(given, **kwargs)
-        totals.append(jnp.sum(weight.astype(values.dtype) * values))
-        metrics[name] = by_role(jax.lax.stop_gradient(values), masks[name], stream.roles)
+    for source, readers in _readers(terms, lambda t: t.student).items():
+        stream = batch.views[source.split("/")[1]]
+        about = {n: Tokens(logprobs=None, entropies=None, mask=masks[n] != 0, segment_ids=None, fields=stream.fields,
+                           reference=_reference(n, terms[n], references, batch)) for n in readers}
+        moving = {n: dynamic.get(n, {}) for n in readers}
+        fixed = {n: {k: v for k, v in terms[n].kwargs.items() if k not in moving[n]} for n in readers}
+        if all(is_local(terms[n].loss, terms[n].kwargs) for n in readers):
+            rows = {n: RowTerm(loss=_OnLogits(terms[n].loss), source=source, target=f"signals/{n}", kwargs=fixed[n],
+                               dynamic=moving[n]) for n in readers}
+            total, measured = lift_sum({source: sources[source]}, rows, weights, tokens=stream.tokens, signals=about,
+                                       roles=stream.roles, masks=masks, trainable=trainable, mesh=mesh, chunk=chunk)
+            totals.append(total)
+            metrics |= measured
+            continue
+        logprobs, entropies = lifted(source, readers, trainable is None or source in trainable)
+        for n in readers:
+            tokens = replace(about[n], logprobs=logprobs, entropies=entropies, segment_ids=stream.segment_ids)
+            values = terms[n].loss(tokens, **fixed[n], **moving[n])
+            totals.append(jnp.sum(stop(weights[n]).astype(values.dtype) * values))
+            metrics[n] = by_role(stop(values), masks[n], stream.roles)
     return sum(totals[1:], start=totals[0]), metrics
 
 
-def _reference(name: str, term: TokenTerm, lifted: Mapping[str, tuple[Array, Array]], batch: Batch) -> Array | None:
+def _readers(terms: Mapping[str, TokenTerm], of: Callable[[TokenTerm], str]) -> dict[str, list[str]]:
+    """{source: names of the terms that read it}."""
+    out: dict[str, list[str]] = {}
+    for name, term in terms.items():
+        if source := of(term):
+            out.setdefault(source, []).append(name)
+    return out
+
+
+@dataclass(frozen=True)
+class _OnLogits:
+    """A local token loss as a row loss on logits [N,V]."""
+
+    loss: Callable[..., Array]
+
+    def __call__(self, logits: Array, target: Target, **kwargs: Any) -> Array:
+        assert isinstance(target, Known)
+        tokens = replace(target.about, logprobs=log_prob(logits, Labels(target.ids)), entropies=entropy(logits))
+        return self.loss(tokens, **kwargs)
+
+
+def _reference(name: str, term: TokenTerm, lifted: Mapping[str, Array], batch: Batch) -> Array | None:
     if term.reference:
-        return jax.lax.stop_gradient(lifted[term.reference][0])
+        return lifted[term.reference]
     if term.target == "tokens":
         return None
     signal = batch.signals[term.target.removeprefix("signals/")]
@@ -144,5 +182,6 @@ def policy_metrics(*, old: str = BEHAVIOUR, low: float = 0.2, high: float = 0.2,
     """
     settings = {"old": old, "level": level}
     of = lambda loss, kwargs: TokenTerm(loss, student=student, on=on, weight=0.0, kwargs=kwargs)
-    return {"clip_fraction": of(clip_fraction, {"low": low, "high": high} | settings),
-            "ratio": of(mean_ratio, settings), "entropy": of(entropy, {}), "logprob_gap": of(logprob_gap, {})}
+    return {"clip_fraction": of(measures.clip_fraction, {"low": low, "high": high} | settings),
+            "ratio": of(measures.mean_ratio, settings), "entropy": of(measures.entropy, {}),
+            "logprob_gap": of(measures.logprob_gap, {})}

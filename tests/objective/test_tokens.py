@@ -16,6 +16,7 @@ from distill_jax.core.schedules import Linear
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.tokens.aggregate import ConstantLength, MeanOver
 from distill_jax.losses.tokens.inputs import Tokens
+from distill_jax.losses.tokens.measures import mean_ratio
 from distill_jax.losses.tokens.policy import cispo, gspo, ppo_clip, reinforce
 from distill_jax.losses.tokens.preference import dpo, kto, odds_ratio
 from distill_jax.losses.tokens.ratios import Corrected
@@ -161,6 +162,57 @@ def test_packing_changes_nothing(whole):
     assert np.isclose(np.linalg.norm(hidden), np.linalg.norm(whole[2]), rtol=1e-5)
     for name in BOTH:
         np.testing.assert_allclose(means(metrics)[name], means(whole[1])[name], rtol=1e-4)
+
+
+LOCAL = {name: POLICY[name] for name in ("ppo", "dr", "chunks", "kl", "entropy")}
+
+
+def head_products(fn, *args):
+    """How many matrix products with a side of the vocabulary's size are in a program."""
+    def count(jaxpr):
+        n = 0
+        for eqn in jaxpr.eqns:
+            shapes = [getattr(v.aval, "shape", ()) for v in [*eqn.invars, *eqn.outvars]]
+            n += eqn.primitive.name == "dot_general" and any(VOCAB in s for s in shapes)
+            for param in eqn.params.values():
+                for sub in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                    sub = getattr(sub, "jaxpr", sub)
+                    n += count(sub) if hasattr(sub, "eqns") else 0
+        return n
+
+    return count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def test_local_losses_have_their_gradient_made_in_the_forward():
+    """Beside a loss of whole sequences (of weight 0) the same terms take the other way: same values and gradients, one
+    product of the head's size more."""
+    other = LOCAL | {"watch": TokenTerm(mean_ratio, weight=0.0, kwargs={"level": "sequence"})}
+    fast, slow = evaluate(LOCAL), evaluate(other)
+    assert np.isclose(fast[0], slow[0], rtol=1e-5) and np.linalg.norm(fast[2]) > 1e-2
+    assert rel(fast[2], slow[2]) < 1e-5 and rel(fast[3], slow[3]) < 1e-5 and not np.any(fast[4])
+    for name in LOCAL:
+        np.testing.assert_allclose(fast[1][name].sum, slow[1][name].sum, rtol=1e-4, atol=1e-5)
+    batch = batch_of()
+    student, _, heads = states(batch)
+
+    def products(terms):
+        objective = build_objective(terms)
+        weights = objective.weights(batch, 1)
+        fn = lambda x, h: objective.loss({"student/main": (x, h)}, batch, weights, objective.dynamic(1))[0]
+        return head_products(jax.grad(fn, argnums=(0, 1)), student, heads[0])
+
+    assert products({"ppo": LOCAL["ppo"], "entropy": LOCAL["entropy"]}) == 3
+    assert products({"gspo": POLICY["gspo"], "entropy": LOCAL["entropy"]}) == 4
+
+
+@pytest.mark.parametrize("cut", [{"parts": 4}, {"mesh": (2, 1, 2)}])
+def test_local_losses_too_do_not_depend_on_micro_batches_and_devices(cut):
+    whole = evaluate(LOCAL)
+    if shape := cut.get("mesh"):
+        cut = {"mesh": jax.make_mesh(shape, ("data", "fsdp", "tensor"), devices=jax.devices()[:int(np.prod(shape))],
+                                     axis_types=(AxisType.Auto,) * 3)}
+    value, _, hidden, head, _ = evaluate(LOCAL, **cut)
+    assert np.isclose(value, whole[0], rtol=1e-5) and rel(hidden, whole[2]) < 1e-5 and rel(head, whole[3]) < 1e-5
 
 
 def test_references_get_no_gradient_and_what_is_not_trained_gets_none(whole):

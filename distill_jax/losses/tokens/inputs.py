@@ -2,20 +2,23 @@
 
 A token loss is `fn(tokens: Tokens, **kwargs) -> f32 [B,T]`, one value a token, 0 outside the mask; it never reduces.
 A value may depend on tokens of its own row (the ratio of a sequence, a preference pair), never on other rows, so the
-sum of weight * value does not depend on how a batch is packed into rows or cut into micro-batches.
+sum of weight * value does not depend on how a batch is packed into rows or cut into micro-batches. One whose value
+depends on nothing but the token itself says so with `@local`: it is then computed where the logits are, and costs
+what cross-entropy costs.
 
 Index t of every field describes token t given the earlier tokens of its segment. Shapes: B rows, T tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Array = Any
+Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 LIMIT = 20.0
 """Log ratios are kept in [-LIMIT, LIMIT]: beyond, e^x says nothing and only overflows. No gradient there."""
@@ -23,7 +26,7 @@ LIMIT = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Inputs of a token loss, all [B,T].
+    """Inputs of a token loss, all [B,T]; for `local` losses, [N] tokens from anywhere and no `segment_ids`.
 
     logprobs     f32, log-probability of each token under the model that is trained: what gradients flow to
     entropies    f32, entropy in nats of the distribution each token was drawn from; differentiable too
@@ -67,6 +70,16 @@ class Tokens:
 
 
 jax.tree_util.register_dataclass(Tokens, data_fields=[f.name for f in dataclasses.fields(Tokens)], meta_fields=[])
+
+
+def local(loss: Loss) -> Loss:
+    """Declares that a token's value depends on that token alone (with `level="token"`, where the loss has levels)."""
+    loss.local = True  # pyright: ignore[reportFunctionMemberAccess]
+    return loss
+
+
+def is_local(loss: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    return getattr(loss, "local", False) and kwargs.get("level", "token") == "token"
 
 
 def known(*values: Any) -> bool:

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from distill_jax.losses.tokens.inputs import Tokens
+from distill_jax.losses.tokens.inputs import Tokens, local
 from distill_jax.losses.tokens.preference import Pairs, sequence_scores
 from distill_jax.losses.tokens.ratios import BEHAVIOUR, Corrected, Level, log_ratio, ratio, stop
 
 Array = Any
 
 
+@local
 def clip_fraction(tokens: Tokens, *, low: float = 0.2, high: float = 0.2, old: str = BEHAVIOUR,
                   level: Level = "token") -> Array:
     """1 at the tokens whose gradient PPO's clip takes away (r < 1 - low and A < 0, or r > 1 + high and A > 0): [B,T].
@@ -24,16 +25,19 @@ def clip_fraction(tokens: Tokens, *, low: float = 0.2, high: float = 0.2, old: s
     return tokens.masked(cut.astype(r.dtype))
 
 
+@local
 def mean_ratio(tokens: Tokens, *, old: str = BEHAVIOUR, level: Level = "token") -> Array:
     """The importance ratio: [B,T]."""
     return tokens.masked(stop(ratio(tokens, old, level)))
 
 
+@local
 def logprob_gap(tokens: Tokens, *, old: str = BEHAVIOUR) -> Array:
     """|log pi(t) - log old(t)|: [B,T]. Against the sampler, before any update: how far it is from the trainer."""
     return jnp.abs(stop(log_ratio(tokens, old)))
 
 
+@local
 def entropy(tokens: Tokens) -> Array:
     """Entropy in nats: [B,T]."""
     return tokens.masked(stop(tokens.entropies))

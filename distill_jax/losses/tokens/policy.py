@@ -11,12 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from distill_jax.losses.tokens.inputs import Tokens, known
+from distill_jax.losses.tokens.inputs import Tokens, known, local
 from distill_jax.losses.tokens.ratios import BEHAVIOUR, Level, ratio, stop
 
 Array = Any
 
 
+@local
 def reinforce(tokens: Tokens, *, advantages: str = "advantages", old: str = "") -> Array:
     """-A_t log pi(t): [B,T]. Williams 1992; with advantages of correct samples only it is RAFT (2504.11343, eq. 3).
 
@@ -26,6 +27,7 @@ def reinforce(tokens: Tokens, *, advantages: str = "advantages", old: str = "") 
     return _kept(tokens, -tokens.field(advantages) * tokens.logprobs)
 
 
+@local
 def ppo_clip(tokens: Tokens, *, low: float = 0.2, high: float = 0.2, dual: float | None = None, old: str = BEHAVIOUR,
              level: Level = "token") -> Array:
     """-min(r A, clip(r, 1 - low, 1 + high) A): [B,T].
@@ -66,6 +68,7 @@ def gspo_token(tokens: Tokens, *, low: float = 3e-4, high: float = 4e-4, old: st
     return ppo_clip(tokens, low=low, high=high, old=old, level="sequence_token")
 
 
+@local
 def cispo(tokens: Tokens, *, cap: float = 5.0, floor: float = 0.0, old: str = BEHAVIOUR) -> Array:
     """-sg[clip(r, floor, cap)] A log pi(t): [B,T]. CISPO (MiniMax-M1, 2506.13585, eq. 4 and 5; ScaleRL, 2510.13786).
 

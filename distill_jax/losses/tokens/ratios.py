@@ -101,6 +101,10 @@ class Corrected:
     def __name__(self) -> str:
         return f"corrected {self.loss.__name__}"
 
+    @property
+    def local(self) -> bool:
+        return self.level == "token" and getattr(self.loss, "local", False)
+
     def weights(self, tokens: Tokens) -> Array:
         return sampler_weights(tokens, old=self.old, level=self.level, mode=self.mode, cap=self.cap, floor=self.floor)
 

@@ -4,12 +4,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from distill_jax.losses.tokens.inputs import LIMIT, Tokens
+from distill_jax.losses.tokens.inputs import LIMIT, Tokens, local
 from distill_jax.losses.tokens.ratios import ratio
 
 Array = Any
 
 
+@local
 def kl(tokens: Tokens, *, estimator: Literal["k1", "k2", "k3"] = "k3", old: str = "") -> Array:
     """Estimate of the reverse KL(pi || reference) from the sampled tokens, with d = log pi - log reference: [B,T].
 
@@ -32,11 +33,13 @@ def kl(tokens: Tokens, *, estimator: Literal["k1", "k2", "k3"] = "k3", old: str 
     return tokens.masked(value * ratio(tokens, old)) if old else tokens.masked(value)
 
 
+@local
 def negative_entropy(tokens: Tokens) -> Array:
     """-H(pi(. | context)) in nats at each token, of the whole distribution: [B,T]. The term's weight is the bonus."""
     return tokens.masked(-tokens.entropies)
 
 
+@local
 def negative_log_likelihood(tokens: Tokens) -> Array:
     """-log pi(t): [B,T]. Where the log-probs are computed for another term anyway (ORPO's likelihood of the chosen);
     `losses.rows.cross_entropy` costs less where they are not."""
