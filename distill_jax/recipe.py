@@ -21,8 +21,8 @@ from distill_jax.data.source_specs import Retokenised, Source
 from distill_jax.data.views import Derived
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
-from distill_jax.objective.coupled import CoupledTerm, Layer
-from distill_jax.objective.term import Term
+from distill_jax.objective.coupled import Layer
+from distill_jax.objective.term import AnyTerm
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.train.optim import AdamW
 
@@ -150,7 +150,7 @@ class Stage:
     name: str = "train"
     source: Source
     providers: Mapping[str, Student | AnyProjector]
-    terms: Mapping[str, Term | CoupledTerm]
+    terms: Mapping[str, AnyTerm]
     views: Mapping[str, AnyView] = field(default_factory=dict)
     optim: AdamW = AdamW()
     steps: int = 1000

@@ -38,7 +38,14 @@ class Stream:
     weights      float32 [B,T] loss weight of the token (before roles and schedules); 0 at the first token of a
                                segment (nothing predicts it) and in padding
     row_ids      int32 [B,T]   row of the store the token came from; -1 in padding
-    fields       further per-token arrays by name: `behaviour_logprobs`, `advantages`, `group_ids`, ...
+    fields       further per-token arrays [B,T] by name, float32 unless said otherwise. Token losses read:
+      behaviour_logprobs  what the sampler said of the token it drew
+      old_logprobs        what the trainer said of it before the first of several updates on the same rollouts
+      advantages          constant over a sample unless a method says otherwise
+      policy_mask         0 where policy losses are 0 but the token still counts; absent: nowhere
+      chosen              1 in chosen (or desirable) sequences, 0 in rejected ones
+      pair_ids            int32, number of the preference pair within its row from 1, 0 = none
+      trace_ids, group_ids  int32 numbers of the global batch from 1, 0 = none: whose chunk, which question
     """
 
     tokens: Array

@@ -72,4 +72,16 @@ class SampledTarget:
     grad_dtype: Any = None
 
 
-Target = Labels | Full | TopKTarget | SampledTarget
+@_pytree("ids", "about")
+@dataclass(frozen=True)
+class Known:
+    """The token that stands there and what is known about it, for token losses that are computed on the logits.
+
+    ids int32 [N]; about: a `losses.tokens.inputs.Tokens` of [N] without log-probs and entropies
+    """
+
+    ids: Array
+    about: Any
+
+
+Target = Labels | Full | TopKTarget | SampledTarget | Known

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from distill_jax.core.batch import Sampled, Signal, TokenLogprob, TopK
 from distill_jax.core.head import Head, wide
-from distill_jax.losses.targets import Full, Labels, SampledTarget, Target, TopKTarget
+from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, Target, TopKTarget
+from distill_jax.losses.tokens.inputs import Tokens
 from distill_jax.sharding.mesh import ROW_AXES
 
 Array = Any
@@ -53,7 +54,7 @@ class Fields(NamedTuple):
     tokens: Array
     weights: dict[str, Array]
     active: Array  # bool: some term wants this token's value or gradient
-    signals: dict[str, Signal]
+    signals: dict[str, Signal | Tokens]
 
 
 @jax.tree_util.register_static
@@ -244,6 +245,8 @@ def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: 
     if name in logits:
         return Full(jax.lax.stop_gradient(logits[name]), fields.tokens)
     signal = fields.signals[name.removeprefix("signals/")]
+    if isinstance(signal, Tokens):
+        return Known(fields.tokens, signal)
     if isinstance(signal, TopK):
         return TopKTarget(signal.ids, signal.logprobs, compute_dtype, fields.tokens)
     if isinstance(signal, Sampled):

@@ -179,3 +179,100 @@ class EntropyQuantile:
         above = jax.lax.stop_gradient(metrics[self.watch])
         moved = jnp.clip(state * jnp.exp(self.rate * (above - self.share)), self.low, self.high)
         return jnp.where(jnp.isfinite(above), moved, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """The mean of another term, one update behind: KTO's z0 from a term that measures it.
+
+    value <- decay * value + (1 - decay) * max(low, mean of `watch`); a mean that is not finite changes nothing.
+    """
+
+    watch: str
+    start: float = 0.0
+    low: float = 0.0
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"Watched.decay is in [0, 1), got {self.decay}")
+
+    def init(self) -> Array:
+        return jnp.float32(self.start)
+
+    def value(self, state: Array, step: Array) -> Array:
+        return state
+
+    def update(self, state: Array, metrics: Mapping[str, Array], step: Array) -> Array:
+        seen = _watched(self, self.watch, metrics)
+        moved = self.decay * state + (1.0 - self.decay) * jnp.maximum(seen, self.low)
+        return jnp.where(jnp.isfinite(seen), moved, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyFloor:
+    """Weight of an entropy bonus that acts only while the entropy is at or below `target` nats, and grows meanwhile.
+
+    After each update: coefficient +- `delta`, up where the measured entropy is <= target, down otherwise, kept in
+    [0, high]; its value is 0 while the entropy is above (Skywork-OR1, 2505.22312, section 4).
+
+    watch  term whose mean is the entropy or minus it (`negative_entropy`); "" = the term it belongs to
+    """
+
+    target: float = 0.2
+    start: float = 0.0
+    delta: float = 0.005
+    high: float = 1.0
+    watch: str = ""
+
+    def __post_init__(self) -> None:
+        if self.target <= 0 or self.delta <= 0 or not 0.0 <= self.start <= self.high:
+            raise ValueError(f"EntropyFloor needs target, delta > 0 and 0 <= start <= high, got {self}")
+
+    def init(self) -> dict[str, Array]:
+        return {"coefficient": jnp.float32(self.start), "on": jnp.float32(1)}
+
+    def value(self, state: dict[str, Array], step: Array) -> Array:
+        return state["coefficient"] * state["on"]
+
+    def update(self, state: dict[str, Array], metrics: Mapping[str, Array], step: Array) -> dict[str, Array]:
+        seen = jnp.abs(_watched(self, self.watch or OWN, metrics))
+        below = (seen <= self.target).astype(jnp.float32)
+        moved = jnp.clip(state["coefficient"] + self.delta * (2.0 * below - 1.0), 0.0, self.high)
+        fine = jnp.isfinite(seen)
+        return {"coefficient": jnp.where(fine, moved, state["coefficient"]), "on": jnp.where(fine, below, state["on"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLTarget:
+    """Weight of a KL term, steered so that the KL stays near `target` nats (Ziegler et al. 2019, 1909.08593, sec. 2.2).
+
+    beta <- beta (1 + rate * clip((KL - target) / target, -0.2, 0.2)) after each update; `rate` 0.1 in the paper.
+    `watch`: term whose mean is the KL; "" = the term it belongs to.
+    """
+
+    target: float
+    start: float = 1e-3
+    rate: float = 0.1
+    watch: str = ""
+
+    def __post_init__(self) -> None:
+        if min(self.target, self.start, self.rate) <= 0:
+            raise ValueError(f"KLTarget needs a positive target, start and rate, got {self}")
+
+    def init(self) -> Array:
+        return jnp.float32(self.start)
+
+    def value(self, state: Array, step: Array) -> Array:
+        return state
+
+    def update(self, state: Array, metrics: Mapping[str, Array], step: Array) -> Array:
+        seen = _watched(self, self.watch or OWN, metrics)
+        off = jnp.clip((seen - self.target) / self.target, -0.2, 0.2)
+        return jnp.where(jnp.isfinite(seen), state * (1.0 + self.rate * off), state)
+
+
+def _watched(controller: Any, name: str, metrics: Mapping[str, Array]) -> Array:
+    if name not in metrics:
+        raise ValueError(f"{type(controller).__name__} watches {name!r}; measured: {sorted(metrics)}")
+    return jax.lax.stop_gradient(metrics[name])

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from distill_jax.core.batch import HiddenStates, Signal
 from distill_jax.core.head import Head
 from distill_jax.losses.rows.logprob import entropy, log_prob
+from distill_jax.losses.tokens.inputs import Tokens
 from distill_jax.objective.chunks import Fields, Grads, Result, RowTerm, Wanted, run
 from distill_jax.objective.reduce import RoleSums, by_role
 
@@ -32,7 +33,7 @@ little faster on large vocabularies; for what it costs in memory see `memory.lif
 
 
 def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[str, Array], *, tokens: Array,
-             signals: Mapping[str, Signal] | None = None, trainable: tuple[str, ...] | None = None,
+             signals: Mapping[str, Signal | Tokens] | None = None, trainable: tuple[str, ...] | None = None,
              roles: Array | None = None, masks: Mapping[str, Array] | None = None,
              mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[Array, dict[str, RoleSums]]:
     """sum over terms and tokens of weights[term] * loss, and what each term was per role.
@@ -42,7 +43,7 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     terms      {name: RowTerm}
     weights    {term: f32 [B,T]}, aligned with tokens; mask x schedule x token weight / global count, already
     tokens     int32 [B,T]
-    signals    {name: Signal} aligned with tokens
+    signals    {name: Signal} aligned with tokens; a `Tokens` (what is known about each) becomes a `Known` target
     trainable  sources that may receive gradients, None = all. Of these only what is really being differentiated is
                computed, so a frozen head (LoRA) or teacher costs nothing
     roles      int32 [B,T] for the metrics; None = everything counts as role 0
@@ -225,7 +226,7 @@ def unshift(values: Array) -> Array:
 
 
 def _check(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[str, Array], tokens: Array,
-           signals: Mapping[str, Signal]) -> None:
+           signals: Mapping[str, Signal | Tokens]) -> None:
     for name, term in terms.items():
         if term.source not in sources:
             raise ValueError(f"term {name!r} reads source {term.source!r}; given: {sorted(sources)}")

@@ -1,4 +1,4 @@
-"""Terms of an objective: `loss @ roles * weight * per`, and their sum over a batch.
+"""Terms of an objective: `loss @ roles * weight * per`, and their sum over a batch. Row terms here, others beside.
 
 How a step uses an `Objective`:
 ```
@@ -24,11 +24,13 @@ from distill_jax.core.batch import Batch, Stream
 from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule, until
+from distill_jax.losses.tokens.aggregate import sequence_mean, token_mean
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import OWN, Controller
 from distill_jax.objective.coupled import CoupledTerm, Given, Layer, check_coupled, coupled_values
 from distill_jax.objective.lift import CHUNK, lift_sum
 from distill_jax.objective.reduce import RoleSums, by_role, means
+from distill_jax.objective.tokens import TokenTerm, token_total
 
 Array = Any
 Controllers = dict[str, Any]
@@ -42,6 +44,7 @@ class Term:
     student  "<provider>/<view>" whose logits it reads
     target   "tokens", "signals/<name>", or "<provider>/<view>" of a teacher run beside the student
     on       roles of the tokens it is taken on
+    where    name of a stream field; only tokens at which it is not 0 are taken (and counted). "": all
     weight   factor: number, schedule or controller
     per      "token": mean over all supervised tokens of the global batch; "sequence": mean over segments of the mean
              over each segment's supervised tokens
@@ -52,6 +55,7 @@ class Term:
     student: str = "student/main"
     target: str = "tokens"
     on: tuple[Role, ...] = SUPERVISED
+    where: str = ""
     weight: float | Schedule | Controller = 1.0
     per: Literal["token", "sequence"] = "token"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +83,9 @@ class Term:
         return dict.fromkeys((self.student, *teacher), ("final",))
 
 
-AnyTerm = Term | CoupledTerm
+AnyTerm = Term | CoupledTerm | TokenTerm
+
+_PER = {"token": token_mean, "sequence": sequence_mean}
 
 
 class Weights(NamedTuple):
@@ -147,10 +153,10 @@ class Objective:
             wanted = jnp.isin(stream.roles, jnp.asarray([int(r) for r in term.on], stream.roles.dtype))
             if signal := _signal(term.target):
                 wanted &= _signal_of(batch, name, signal).mask
+            if where := getattr(term, "where", ""):
+                wanted &= _field(stream, name, where) != 0
             mask = jnp.where(wanted, stream.weights.astype(jnp.float32), 0.0)
-            count = jnp.sum(mask)
-            if term.per == "sequence":
-                mask, count = _per_segment(mask, stream.segment_ids)
+            mask, count = (term.per if callable(term.per) else _PER[term.per])(mask, stream)
             factor = self._value(f"{name}.weight", term.weight, step, controllers)
             out.weights[name] = mask * (factor * jnp.where(count > 0, 1.0 / jnp.where(count > 0, count, 1.0), 0.0))
             out.masks[name] = mask
@@ -178,6 +184,12 @@ class Objective:
                 totals.append(jnp.sum(jax.lax.stop_gradient(weights.weights[name]) * values))
                 metrics[name] = by_role(jax.lax.stop_gradient(values), weights.masks[name],
                                         batch.views[term.view].roles)
+        if tokenwise := {n: t for n, t in self.terms.items() if isinstance(t, TokenTerm)}:
+            moving = {n: _moving(t, (dynamic or {}).get(n, {})) for n, t in tokenwise.items()}
+            part, measured = token_total(tokenwise, sources, batch, weights.weights, weights.masks, moving,
+                                         trainable=trainable, mesh=mesh, chunk=chunk)
+            totals.append(part)
+            metrics |= measured
         rowwise = {n: t for n, t in self.terms.items() if isinstance(t, Term)}
         for view in sorted({t.view for t in rowwise.values()}):
             terms = {n: _row_term(t, (dynamic or {}).get(n, {})) for n, t in rowwise.items() if t.view == view}
@@ -248,17 +260,15 @@ def _signal(target: str) -> str:
     return target.removeprefix("signals/") if target.startswith("signals/") else ""
 
 
+def _field(stream: Stream, term: str, name: str) -> Array:
+    if name not in stream.fields:
+        raise ValueError(f"term {term!r} is taken where the field {name!r} is not 0; the batch has "
+                         f"{sorted(stream.fields)}")
+    return jnp.asarray(stream.fields[name])
+
+
 def _signal_of(batch: Batch, term: str, name: str) -> Any:
     if name not in batch.signals:
         raise ValueError(f"term {term!r} needs signal {name!r}; the batch carries {sorted(batch.signals)}. "
                          "Score the store with a teacher, or change the term's target")
     return batch.signals[name]
-
-
-def _per_segment(mask: Array, segment_ids: Array) -> tuple[Array, Array]:
-    """Each token's weight divided by its segment's sum, so that every segment with any weight counts as one; and how
-    many there are (counted, not summed: the same to the bit however the rows are spread over devices)."""
-    sums = jax.vmap(lambda m, s: jax.ops.segment_sum(m, s, num_segments=m.shape[0] + 1))(mask, segment_ids)
-    own = jnp.take_along_axis(sums, segment_ids.astype(jnp.int32), axis=1)
-    shares = jnp.where(mask > 0, mask / jnp.where(mask > 0, own, 1.0), 0.0)
-    return shares, jnp.sum(sums > 0).astype(jnp.float32)

@@ -8,9 +8,6 @@ Only the functions that are compared are taken out of the files: their modules i
 Where the published code is not what the paper means, the test says so and shows the difference.
 """
 
-import ast
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -32,28 +29,12 @@ from distill_jax.losses.rows.taid import taid
 from distill_jax.losses.rows.uld import uld
 from distill_jax.losses.targets import Full
 from distill_jax.objective.controllers import OWN, TAIDSchedule
+from tests.losses.published import published
 
 pytestmark = pytest.mark.parity
 N, V = 7, 53
 GOLD = "trl/experimental/gold/gold_trainer.py"
 GKD = "trl/experimental/gkd/gkd_trainer.py"
-
-
-def published(file: str, name: str, inside: str = "", **known):
-    """The class or function `name` of a published file (a method of class `inside`), in a namespace with torch."""
-    torch = pytest.importorskip("torch")
-    path = Path(os.environ.get("DISTILL_JAX_REFERENCES", "references")) / file
-    if not path.is_file():
-        pytest.skip(f"no {path}: see the head of this file")
-    body = ast.parse(path.read_text().replace('device="cuda"', 'device="cpu"')).body
-    if inside:
-        body = next(x for x in body if getattr(x, "name", "") == inside).body
-    found = next(x for x in body if getattr(x, "name", "") == name)
-    found.decorator_list = []
-    space = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, **known}
-    tree = ast.Module(body=[ast.ImportFrom("__future__", [ast.alias("annotations")], 0), found], type_ignores=[])
-    exec(compile(ast.fix_missing_locations(tree), str(path), "exec"), space)
-    return space[name]
 
 
 @pytest.fixture

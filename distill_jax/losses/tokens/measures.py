@@ -1,0 +1,75 @@
+"""Numbers to watch beside a policy or preference loss: token "losses" without gradient, for terms of weight 0.
+
+As terms they are averaged over the tokens of the global batch and by role, as losses are: clip fraction or entropy of
+thinking and answer apart cost nothing more. Shapes: B rows, T tokens.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from distill_jax.losses.tokens.inputs import Tokens, local
+from distill_jax.losses.tokens.preference import Pairs, sequence_scores
+from distill_jax.losses.tokens.ratios import BEHAVIOUR, Corrected, Level, log_ratio, ratio, stop
+
+Array = Any
+
+
+@local
+def clip_fraction(tokens: Tokens, *, low: float = 0.2, high: float = 0.2, old: str = BEHAVIOUR,
+                  level: Level = "token") -> Array:
+    """1 at the tokens whose gradient PPO's clip takes away (r < 1 - low and A < 0, or r > 1 + high and A > 0): [B,T].
+    """
+    r, advantages = stop(ratio(tokens, old, level)), tokens.field("advantages")
+    cut = ((r < 1.0 - low) & (advantages < 0)) | ((r > 1.0 + high) & (advantages > 0))
+    return tokens.masked(cut.astype(r.dtype))
+
+
+@local
+def mean_ratio(tokens: Tokens, *, old: str = BEHAVIOUR, level: Level = "token") -> Array:
+    """The importance ratio: [B,T]."""
+    return tokens.masked(stop(ratio(tokens, old, level)))
+
+
+@local
+def logprob_gap(tokens: Tokens, *, old: str = BEHAVIOUR) -> Array:
+    """|log pi(t) - log old(t)|: [B,T]. Against the sampler, before any update: how far it is from the trainer."""
+    return jnp.abs(stop(log_ratio(tokens, old)))
+
+
+@local
+def entropy(tokens: Tokens) -> Array:
+    """Entropy in nats: [B,T]."""
+    return tokens.masked(stop(tokens.entropies))
+
+
+def corrected_fraction(tokens: Tokens, *, by: Corrected) -> Array:
+    """1 at the tokens whose importance weight is truncated or masked: [B,T]."""
+    weights = by.weights(tokens)
+    edge = (weights == 0) if by.mode == "mask" else (weights >= by.cap) | (weights <= by.floor)
+    return tokens.masked(edge.astype(weights.dtype))
+
+
+def sequence_log_ratio(tokens: Tokens) -> Array:
+    """log pi(y) - log reference(y) of the whole segment, at each of its tokens: [B,T]. On mismatched answers its mean
+    is KTO's z0."""
+    return tokens.masked(stop(sequence_scores(tokens, against=True)))
+
+
+def preference_accuracy(tokens: Tokens) -> Array:
+    """1 where the chosen sequence's log ratio to the reference (without one: mean log-prob) is the larger: [B,T]."""
+    return _margin(tokens, lambda x: (x > 0).astype(x.dtype))
+
+
+def preference_margin(tokens: Tokens) -> Array:
+    """Chosen minus rejected log ratio to the reference (without one: mean log-prob), at each token of a pair: [B,T]."""
+    return _margin(tokens, lambda x: x)
+
+
+def _margin(tokens: Tokens, of: Any) -> Array:
+    pairs = Pairs.of(tokens)
+    if tokens.reference is None:
+        chosen, rejected = pairs.means(tokens.logprobs)
+    else:
+        chosen, rejected = pairs.sums(tokens.logprobs - tokens.against)
+    return pairs.values(stop(of(chosen - rejected)))
