@@ -2,13 +2,13 @@ import math
 
 import numpy as np
 import pytest
-from tests.rewards.samples import row, sample
 
 from distill_jax.core import spec
 from distill_jax.rewards import algebra
 from distill_jax.rewards.algebra import Clip, Product, Reward, Sum, Where
 from distill_jax.rewards.sample import Sample, groups_of
 from distill_jax.traces.trace import Encoded, simple_trace
+from tests.rewards.samples import row, sample
 
 
 def length(s):
