@@ -61,7 +61,7 @@ def run_tests(code: str | None, tests: Mapping[str, Any], sandbox: Sandbox) -> R
         raise ValueError(f"tests have {sorted(tests)}; expected function and calls, stdin, or function and check")
     if code is None:
         return Result(passed=0, total=total, why="no_code")
-    code = tests.get("prefix", "") + code
+    code = str(tests.get("prefix", "")) + code
     if "check" in tests:
         return _check(code, tests["function"], tests["check"], sandbox)
     if "calls" in tests:
