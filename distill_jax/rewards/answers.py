@@ -34,7 +34,7 @@ def extract(text: str, kind: Kind = "auto") -> str | None:
     body = after_thinking(text)
     if body is None:
         return None
-    body = body.replace("\f", "\\f").replace("\b", "\\b")  # see `_PLAIN`
+    body = body.translate(_WIDE).replace("\f", "\\f").replace("\b", "\\b")  # see `_PLAIN`
     for find in (_tagged, lambda b: _boxed(b, kind), lambda b: _marked(b, kind), lambda b: _stated(b, kind),
                  lambda b: _last(b, kind)):
         found = find(body)
@@ -169,6 +169,12 @@ def _last_value(tail: str, kind: Kind) -> str | None:
     return value[0] if value is not None else None
 
 
+_WIDE = str.maketrans({
+    **{chr(0xFF10 + d): str(d) for d in range(10)}, **{chr(0xFF21 + d): chr(65 + d) for d in range(26)},
+    **{chr(0xFF41 + d): chr(97 + d) for d in range(26)},
+})
+"""Full-width digits and letters: the same signs in another font."""
+
 _PLAIN = str.maketrans({
     "−": "-", "–": "-", "‐": "-", "﹣": "-", "－": "-", "＋": "+", "⁄": "/", "∕": "/", "÷": "/", "×": "*", "·": "*",
     "⋅": "*", "\u00a0": " ", "\u202f": " ", "\u2009": " ", "’": "'", "‘": "'", "“": '"', "”": '"', "％": "%",
@@ -177,13 +183,12 @@ _PLAIN = str.maketrans({
     "∪": "\\cup ", "∩": "\\cap ", "°": "^\\circ ", "∈": "\\in ", "ℝ": "\\mathbb{R}", "≠": "\\ne ",
     "∅": "\\emptyset ", "±": "\\pm ",
     "\f": "\\f", "\b": "\\b",  # `\frac` and `\binom` that went through JSON once too often
-    **{chr(0xFF10 + d): str(d) for d in range(10)}, **{chr(0xFF21 + d): chr(65 + d) for d in range(26)},
 })
 
 
 def plain(text: str) -> str:
     """Typographic signs as ASCII or LaTeX. Letters of other alphabets that look like Latin ones are left alone."""
-    out = re.sub(r"\\sqrt +([0-9]+|[a-z])", r"\\sqrt{\1}", text.translate(_PLAIN))
+    out = re.sub(r"\\sqrt +([0-9]+|[a-z])", r"\\sqrt{\1}", text.translate(_WIDE).translate(_PLAIN))
     out = re.sub(r"\\([lg]e)qslant(?![a-zA-Z])", r"\\\1", out)
     return out if "\\begin" in out else re.sub(r"\\\\(?=[a-zA-Z])", r"\\", out)  # `\\\\frac` of escaped LaTeX
 
@@ -199,7 +204,8 @@ def normalise(text: str) -> str:
     out = plain(text).strip().strip("*_`").strip()
     out = _NOISE.sub(" ", _WRAP.sub(r"\1", out)).replace("$", "").replace("\\%", "%")
     out = re.sub(r"\\[dt]frac", r"\\frac", out)
-    out = " ".join(out.casefold().split()).strip("\"'").rstrip(".!").strip()
+    out = " ".join(out.casefold().split()).strip("\"'").rstrip(".").strip()
+    out = re.sub(r"(?<=[^\W\d_]{2})[.!]+$", "", out)  # `yes!`, but `5!` is a factorial
     out = re.sub(r"^(?:the|an?) (?=\w)", "", out)
     return re.sub(r"\s*([(){}\[\],=+*/^<>|-])\s*", r"\1", out)
 

@@ -107,7 +107,7 @@ def compare(answer: str, gold: str, kind: Kind) -> tuple[bool | None, str]:
         return f" {_words(gold)} " in f" {_words(answer)} " and bool(_words(gold)), "contains"
     left, right = normalise(answer), normalise(gold)
     if kind == "letter":
-        return _letter(answer) == _letter(gold), "letter"
+        return choice_letter(answer) == choice_letter(gold), "letter"
     if kind == "bool":
         return _truth(left) is not None and _truth(left) == _truth(right), "bool"
     if left == right and left:
@@ -158,7 +158,7 @@ def max_depth(text: str) -> int:
     return deepest
 
 
-def _letter(text: str) -> str | None:
+def choice_letter(text: str) -> str | None:
     """The choice letter of an answer: `C`, `(C)`, `C) 20 km`, `\\text{C}`."""
     bare = normalise(text).upper().strip("()[]{} ")
     return bare[0] if bare and bare[0] in "ABCDEFGHIJ" and (len(bare) == 1 or bare[1] in ").:]") else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distill_jax.rewards.check import Verdict
 
-RULES = 2
+RULES = 3
 """Raise it when the checker's rules change: verdicts of older rules are then not used."""
 
 

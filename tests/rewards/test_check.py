@@ -10,6 +10,8 @@ from distill_jax.rewards.check import Pending, Verdict, check, decide
 @pytest.mark.parametrize("completion,gold,right", [
     ("18", "18", True), ("#### 18", "18.0", True), ("The answer is 1,800", "1800", True), ("$18", "18 dollars", True),
     ("1000001", "1000000", False), ("0.333333", "1/3", True), ("33.3", "33.333333", False), ("50%", "0.5", True),
+    ("The answer is 5!", "5", True),
+    ("Yes!", "yes", True), ("so it is \\boxed{Evelyn!}", "Evelyn", True), ("\\boxed{Ｃ}", "C", True), ("Ａ", "A", True),
     ("5%", "50", False), ("-3", "−3", True), ("１８", "18", True), ("", "18", False),
     ("Answer: B", "B", True), ("Answer: (b)", "B", False), ("\\boxed{C) 20 km}", "C", True), ("А", "A", False),
     ("The answer is True", "yes", True), ("No.", "yes", False),
@@ -37,6 +39,7 @@ def test_without_algebra(completion, gold, right):
     ("As $\\boxed{x+1}$ squared is not it: $\\boxed{1+x^2}$", "x^2+1", True),
     ("\\boxed{x \\leqslant 5}", "(-\\infty, 5]", True), ("\\boxed{x < 5}", "(-\\infty, 5]", False),
     ("\\boxed{-3 < x < 5}", "(-3, 5)", True), ("\\boxed{(2, \\infty)}", "x > 2", True),
+    ("\\boxed{5!}", "5", False), ("5", "5!", False), ("\\boxed{5!}", "120", True), ("n!", "n", False),
 ])
 def test_with_algebra(completion, gold, right):
     assert isinstance(decide(completion, gold), Pending)
