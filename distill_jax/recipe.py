@@ -23,7 +23,9 @@ from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
 from distill_jax.objective.coupled import Layer
 from distill_jax.objective.term import AnyTerm
+from distill_jax.objective.tokens import TokenTerm
 from distill_jax.rollout.on_policy import OnPolicy
+from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.train.optim import AdamW
 
 Precision = Literal["float32", "bfloat16"]
@@ -144,7 +146,8 @@ class Stage:
     micro_batches  gradient accumulation; does not change the gradient (but see `objective.coupled` for what couples
                    rows)
     heldout        rows of the source's held-out split on which the loss is reported at the end (0: none)
-    on_policy      sequences the student writes itself, beside those of the source or in their place
+    on_policy      sequences the student writes itself, beside those of the source or in their place; `Reinforce`:
+                   judged and rewarded, for policy losses
     """
 
     name: str = "train"
@@ -167,6 +170,11 @@ class Stage:
         if self.on_policy and (stored or getattr(self.source, "controller", None)):
             raise ValueError(f"on_policy: nothing is stored for what the student writes, so terms {stored} need a live "
                              'teacher (target="teacher/main"), and the shares of a Mix cannot be steered')
+        policy = sorted(n for n, t in self.terms.items() if isinstance(t, TokenTerm))
+        if isinstance(self.on_policy, Reinforce) and (self.heldout or len(policy) < len(self.terms)):
+            raise ValueError(f"stage {self.name!r} reinforces: its terms are TokenTerms, and heldout=0, for rows that "
+                             f"nobody sampled have no advantages; got TokenTerms {policy} of {sorted(self.terms)} and "
+                             f"heldout={self.heldout}")
         if not any(p.trainable for p in self.models.values()):
             raise ValueError(f"stage {self.name!r} trains no model: no provider has trainable=True")
         for name, view in self.retokenised.items():

@@ -21,12 +21,14 @@ class Placed:
 
     signals  name -> what the teacher said of it, aligned with it, or None
     others   view -> the same row in other tokens
+    fields   further per-token arrays of the row by name: `Stream.fields` of `main`
     """
 
     row: RowArrays
     row_id: int
     signals: Mapping[str, SignalRow | None]
     others: Mapping[str, RowArrays] = field(default_factory=dict)
+    fields: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class _Lines:
@@ -52,10 +54,12 @@ class _Lines:
 
 
 class BatchBuilder:
-    """Batches that are filled sequence by sequence. others: {further view: tokens of its sequences}."""
+    """Batches that are filled sequence by sequence. others: {further view: tokens of its sequences}; further:
+    {field of the rows: its dtype}."""
 
     def __init__(self, rows: int, seq_len: int, headers: Mapping[str, SignalHeader],
-                 others: Mapping[str, int] | None = None) -> None:
+                 others: Mapping[str, int] | None = None, further: Mapping[str, Any] | None = None) -> None:
+        self.fields = {name: np.zeros((rows, seq_len), dtype) for name, dtype in (further or {}).items()}
         self.views = {name: _Lines(rows, n) for name, n in {"main": seq_len, **(others or {})}.items()}
         self.signals: dict[str, dict[str, np.ndarray]] = {}
         self._kinds = {name: BATCHED[header.kind] for name, header in headers.items()}
@@ -74,6 +78,8 @@ class BatchBuilder:
                 at[view] = where.stop
                 if view == "main":
                     self._put_signals(b, where, p.signals)
+                    for name, values in p.fields.items():
+                        self.fields[name][b, where] = values[:where.stop - where.start]
 
     def _put_signals(self, b: int, where: slice, signals: Mapping[str, SignalRow | None]) -> None:
         for name, said in signals.items():
@@ -83,7 +89,9 @@ class BatchBuilder:
 
     def batch(self) -> Batch:
         signals: dict[str, Signal] = {name: self._kinds[name](**a) for name, a in self.signals.items()}
-        return Batch(views={name: Stream(**lines.arrays) for name, lines in self.views.items()}, signals=signals)
+        fields = {"main": self.fields}
+        return Batch(views={name: Stream(**lines.arrays, fields=fields.get(name, {}))
+                            for name, lines in self.views.items()}, signals=signals)
 
 
 def by_role(tokens: np.ndarray, roles: np.ndarray, tok: Tokenizer) -> list[tuple[Role, str]]:

@@ -31,6 +31,11 @@ class Plan:
     cut: int = 0
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def nothing(cls, seq_len: int) -> "Plan":
+        """The plan over no rows."""
+        return cls(rows=np.zeros(0, np.int64), offsets=np.zeros(1, np.int64), seq_len=seq_len, seed=0, tokens=0)
+
     @property
     def sequences(self) -> int:
         return len(self.offsets) - 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -96,13 +96,25 @@ class Reading:
 Readings = Mapping[str, Reading]
 
 
+class PerToken(NamedTuple):
+    """A number for each token of each row: `rows[i]` is as long as row i."""
+
+    dtype: Any
+    rows: Sequence[np.ndarray]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """One store, opened: its rows, the plan over them, and its signals. others: {view: the rows in other tokens}."""
+    """One store, opened: its rows, the plan over them, and its signals.
+
+    others  {view: the rows in other tokens}
+    fields  `Stream.fields` by name: what rollouts say of their tokens
+    """
 
     spec: Store
     rowset: RowSet
     others: dict[str, RowSet] = field(default_factory=dict)
+    fields: dict[str, PerToken] = field(default_factory=dict)
     plan: Plan
     signals: dict[str, SignalReader]
     left_out: dict[str, int]
@@ -133,8 +145,9 @@ class RowSource:
         said = {n: self.rowset.read_signal(r, numbers, rows) for n, r in readers.items()}
         others = {view: rowset.read(numbers) for view, rowset in self.others.items()}
         return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()},
-                       others={view: r[j] for view, r in others.items()})
-                for j, (i, row) in enumerate(zip(numbers, rows))]
+                       others={view: r[j] for view, r in others.items()},
+                       fields={name: f.rows[i] for name, f in self.fields.items()})
+                for j, (i, row) in enumerate(zip(numbers.tolist(), rows))]
 
     def describe(self) -> dict[str, Any]:
         p = self.plan
@@ -189,12 +202,17 @@ class BatchSource:
 
     def _build(self, assigned: Sequence[tuple[int, int]], signals: bool) -> Batch:
         builder = BatchBuilder(len(assigned), self.seq_len, self.signals if signals else {},
-                               {view: r.seq_len for view, r in self.readings.items()})
+                               {view: r.seq_len for view, r in self.readings.items()}, self._fields)
         for number, part in enumerate(self.parts):
             where = [b for b, (p, _) in enumerate(assigned) if p == number]
             for b, placed in zip(where, part.sequences([assigned[b][1] for b in where], signals)):
                 builder.put(b, placed)
         return builder.batch()
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        """{field: dtype} of all parts; one without it has zeros there."""
+        return {name: f.dtype for part in self.parts for name, f in part.fields.items()}
 
     def assigned(self, step: int) -> list[tuple[int, int]]:
         """(part, position in its plan) of each sequence of the global batch."""

@@ -54,6 +54,9 @@ class DomainSteering:
         """Shares of the sources, by their number."""
         return {f"share/{i}": float(x) for i, x in enumerate(state["shares"])}
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def initial(self) -> mixture.State:
         """Before anything was measured."""
         return mixture.initial(self._opened.shares)

@@ -1,7 +1,7 @@
 """A source of which a share is what the student wrote: asked anew every so many updates, written down as a store."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class OnPolicySteering:
         first = next(stores(where))
         self._round = Store(path="", rows=first.rows, seq_len=first.seq_len, pack=first.pack, over_long="cut",
                             style=Style())
-        self._questions = questions_of(opened, tokenizer, model.config.context_length - spec.sampling.max_new_tokens)
+        self._questions = questions_of(opened, tokenizer, self._longest(model.config.context_length))
 
     def initial(self) -> dict[str, Any]:
         """Before anything was sampled."""
@@ -62,15 +62,29 @@ class OnPolicySteering:
     def update(self, state: State, params: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Ask the next questions of the student as it is, and write its answers down."""
         taken = self.source(state).taken_before(step)[:-1] if step else state["taken"]
-        answers = sample_traces(
-            Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh), self._tok,
-            list(self._asked(step // self.every)), self.spec.sampling, n=self.spec.n,
-            seed=self._seed * 1_000_003 + step, teacher=f"the student at update {step}")
+        answers = self._answers(params, self._asked((step // self.every) * self.spec.prompts), step)
+        self._write(step, answers)
+        return {"since": np.int32(step), "taken": np.asarray(taken, np.int32)}
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _longest(self, context: int) -> int:
+        """Tokens that a prompt may have. Answers too long for a row of the source are cut there."""
+        return context - self.spec.sampling.max_new_tokens
+
+    def _answers(self, params: Mapping[str, Any], questions: list[Trace], step: int, salt: int = 0) -> list[Trace]:
+        """`n` answers to each question by the student as it is; those to one question stand together."""
+        generator = Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh)
+        return sample_traces(generator, self._tok, questions, self.spec.sampling, n=self.spec.n,
+                             seed=(self._seed * 1_000_003 + step) * 101 + salt,
+                             teacher=f"the student at update {step}")
+
+    def _write(self, step: int, answers: list[Trace]) -> None:
         if jax.process_index() == 0:
             write_store(self._path(step), answers, self._tok, on_policy={"update": step, "seed": self._seed})
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"rollouts {step}")
-        return {"since": np.int32(step), "taken": np.asarray(taken, np.int32)}
 
     def numbers(self, state: State) -> dict[str, float]:
         """Of the round: answers, tokens an answer has on average, share cut by max_new_tokens."""
@@ -88,12 +102,14 @@ class OnPolicySteering:
         shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         return -(-self.spec.batch_size // shards) * shards
 
-    def _asked(self, number: int) -> Iterator[Trace]:
-        """The questions of round `number`: each question once, in an order that the seed decides, then all again."""
-        n = len(self._questions)
-        for i in range(number * self.spec.prompts, (number + 1) * self.spec.prompts):
+    def _asked(self, first: int) -> list[Trace]:
+        """The `prompts` questions from number `first` on: each once, in an order that the seed decides, then all again.
+        """
+        n, out = len(self._questions), []
+        for i in range(first, first + self.spec.prompts):
             order = np.random.default_rng([self._seed, 3, i // n]).permutation(n)
-            yield self._questions[order[i % n]]
+            out.append(self._questions[order[i % n]])
+        return out
 
 
 def questions_of(opened: BatchSource, tok: Tokenizer, longest: int) -> list[Trace]:

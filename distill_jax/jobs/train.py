@@ -1,5 +1,6 @@
 """A training stage of a recipe: open providers, source and objective, hand them to `train.loop.fit`."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +24,7 @@ from distill_jax.jobs.mixing import steering_of
 from distill_jax.jobs.on_policy import OnPolicySteering
 from distill_jax.jobs.opening import readings_of
 from distill_jax.jobs.projectors import open_projector
+from distill_jax.jobs.reinforce import ReinforceSteering
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
@@ -31,6 +33,7 @@ from distill_jax.objective.chunks import kernel_spec
 from distill_jax.objective.reduce import means
 from distill_jax.objective.term import Term, build_objective
 from distill_jax.recipe import Stage, Student
+from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.bilevel import fused_term, make_outer
@@ -120,7 +123,9 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
     opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
-    if stage.on_policy is not None:
+    if isinstance(stage.on_policy, Reinforce):
+        steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
+    elif stage.on_policy is not None:
         steering = OnPolicySteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
     else:
         steering = steering_of(where, source, student.tokenizer, **opened)
@@ -135,10 +140,11 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     if stage.heldout:
         heldout = Heldout(stage, config, frozen, open_heldout(stage, context, student.tokenizer, readings))
         evaluations["heldout"] = Evaluation(fn=heldout)
-    with jax.set_mesh(mesh):
-        fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations,
-                     check=lambda batch: check_supervised(batch, student.tokenizer), serve=serve, steering=steering,
-                     outer=outer)
+    check = None if isinstance(stage.on_policy, Reinforce) else (  # a round of equal rewards has nothing, and may
+        lambda batch: check_supervised(batch, student.tokenizer))
+    with jax.set_mesh(mesh), contextlib.closing(steering) if steering else contextlib.nullcontext():
+        fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations, check=check, serve=serve,
+                     steering=steering, outer=outer)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     result = {"steps": stage.steps, "flops": total_flops(source, config, stage.steps),

@@ -9,13 +9,14 @@ from distill_jax.traces.world.generate import WorldSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Puzzles:
-    """kind: `knights` (k people) or `arithmetic` (k digits)."""
+    """kind: `knights` (k people) or `arithmetic` (k digits); names: of people that occur, None: all."""
 
     kind: str = "knights"
     k: tuple[int, ...] = (2, 3, 4)
     questions: int = 500
     rendering: str = "compact"
     seed: int = 0
+    names: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("knights", "arithmetic"):
@@ -27,5 +28,5 @@ class Puzzles:
 
     def items(self) -> list[Item]:
         return [item for k in self.k for item in world_items(
-            WorldSpec(kind=self.kind, k=k, rendering=self.rendering, split="eval", seed=self.seed),
+            WorldSpec(kind=self.kind, k=k, rendering=self.rendering, split="eval", seed=self.seed, names=self.names),
             self.questions, 1, kind="exact")]

@@ -1,0 +1,50 @@
+"""Reinforcement from the student's own answers: what a stage says about rewards, advantages and what is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distill_jax.rewards.algebra import Node, Reward
+from distill_jax.rewards.outcome import outcome
+from distill_jax.rollout.advantages import group_z
+from distill_jax.rollout.on_policy import OnPolicy
+
+Judge = Literal["answers", "knights", "code"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(OnPolicy):
+    """Groups of `n` answers to each of `prompts` questions; each is judged, rewarded and given an advantage.
+
+    A round is used once, by the `every` updates that follow it: at `every=1` every update is strictly on-policy. Terms
+    are `TokenTerm`s on the stream fields `advantages`, `behaviour_logprobs` and `group_ids`.
+
+    judge      who finds what is right: the answer checker, Knights and Knaves by person, unit tests in a sandbox
+    reward     what an answer is worth (`rewards.algebra`)
+    advantage  (rewards [N], groups [N]) -> [N], `rollout.advantages`
+    equal      groups whose rewards are all equal: "drop" them (no gradient under a group baseline), or "keep"
+    refill     most further samplings that fill up what was dropped with other questions (DAPO's dynamic sampling)
+    truncated  answers that the length limit cut: "train" on them, or "mask" them (overlong filtering)
+    """
+
+    share: float = 1.0
+    every: int = 1
+    prompts: int = 64
+    n: int = 8
+    judge: Judge = "answers"
+    reward: Node = Reward(fn=outcome)
+    advantage: Callable[..., Any] = group_z
+    equal: Literal["drop", "keep"] = "drop"
+    refill: int = 0
+    truncated: Literal["train", "mask"] = "train"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share != 1.0:
+            raise ValueError(f"Reinforce learns from the student's answers alone, got share={self.share}; other "
+                             "sequences belong into a stage of their own")
+        if self.n < 2 and self.equal == "drop":
+            raise ValueError(f"n={self.n} answers to a question always have equal rewards: raise n, or equal='keep'")
+        if self.refill < 0 or (self.refill and self.equal == "keep"):
+            raise ValueError(f"refill replaces groups that were dropped: needs equal='drop', got refill={self.refill} "
+                             f"and equal={self.equal!r}")
