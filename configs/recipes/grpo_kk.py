@@ -19,8 +19,8 @@ from distill_jax.recipe import Call, Recipe, Saving, Stage, Student
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.train.optim import AdamW
 
-LONGEST = 128
-"""Tokens of a row: the question (at most 40) and the thinking."""
+LONGEST = 96
+"""Tokens of a row: the question, the thinking, the answer (81 at most for three people)."""
 
 
 def recipe() -> Recipe:
@@ -35,7 +35,7 @@ def recipe() -> Recipe:
               terms={"policy": TokenTerm(ppo_clip, per=sequence_mean, kwargs={"low": 0.2, "high": 0.2}),
                      **policy_metrics()},
               on_policy=Reinforce(prompts=16, n=8, judge="knights", batch_size=128,
-                                  sampling=Sampling(temperature=1.0, max_new_tokens=80)),
+                                  sampling=Sampling(temperature=1.0, max_new_tokens=56)),
               optim=AdamW(peak_lr=2e-4, warmup=10, b2=0.98), steps=150, saving=Saving(steps=50, keep=1), log_every=10),
         Call(name="report", fn=report, kwargs={"students": {"warmup": "stage:warmup", "rl": "stage:rl"}, "k": 3}),
     ))

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "batch": "distill_jax.cli.batch_cmd:batch",
     "doctor": "distill_jax.cli.doctor_cmd:doctor",
     "train": "distill_jax.cli.train_cmd:train",
+    "rollouts": "distill_jax.cli.rollouts_cmd:app",
     "eval": "distill_jax.cli.eval_cmd:evaluate",
     "plan": "distill_jax.cli.plan_cmd:plan",
     "store": "distill_jax.cli.store_cmd:app",

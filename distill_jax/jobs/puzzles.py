@@ -29,7 +29,7 @@ def make_puzzles(context: RunContext, *, k: int, warmup: int, questions: int) ->
 
 
 def report(context: RunContext, *, students: Mapping[str, str], k: int, questions: int = 500,
-           max_new_tokens: int = 80) -> dict[str, Any]:
+           max_new_tokens: int = 56) -> dict[str, Any]:
     """Held-out puzzles of the same size, answered greedily by `students` {name: MODEL}, of which the first is the base.
     """
     task = Puzzles(k=(k,), questions=questions, seed=context.seed, names=NAMES)

@@ -1,6 +1,7 @@
 """RL on the student's own answers: what is judged, what is trained on, what is learned, and resuming."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from distill_jax.core import spec
 from distill_jax.core.roles import SUPERVISED
@@ -16,6 +18,7 @@ from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.decode.sampling import Sampling
 from distill_jax.jobs.reinforce import ReinforceSteering, RoundSource
 from distill_jax.jobs.run_recipe import run_recipe
+from distill_jax.jobs.show_rollouts import show_rollouts
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.tokens.aggregate import sequence_mean
 from distill_jax.losses.tokens.policy import ppo_clip
@@ -123,6 +126,15 @@ def test_every_answer_is_trained_on_once_as_it_was_sampled(world, tmp_path, monk
 def test_what_is_rewarded_becomes_frequent(world, tmp_path):
     r = recipe(world, tmp_path, steps=24, lr=0.03)
     assert run_recipe(r, lambda line: None)
+    console = Console(record=True, width=200, file=io.StringIO())
+    show_rollouts(str(tmp_path), 7, console, groups=[0, 3])
+    shown = console.export_text()
+    assert "rollouts of update 7: 16 answers" in shown and "group 3: What is" in shown
+    assert shown.count("advantage") == 8 and shown.count("- wrong") + shown.count("- not judged") == 8
+    with pytest.raises(ValueError, match="no group 4; the round has groups 0 to 3"):
+        show_rollouts(str(tmp_path), None, console, groups=[4])
+    with pytest.raises(ValueError, match="has no rollouts"):
+        show_rollouts(str(world[1]), None, console)
     rewards = metrics(r.folder, "rollouts/reward")
     assert len(rewards) == 24 and np.mean(rewards[:3]) < 0.65 and np.mean(rewards[-3:]) > 0.8
 
