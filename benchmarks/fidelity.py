@@ -1,6 +1,6 @@
 """What stored signals are worth at V about 152k: an n-gram teacher over Qwen2.5 ids of real traces.
 
-    python benchmarks/fidelity.py --data DIR [--tokens 768] [--out benchmarks/results/fidelity]
+    python -m benchmarks.fidelity --data DIR [--tokens 768] [--out benchmarks/results/fidelity]
 
 Teacher: interpolated 4-gram of four fifths of the traces; student: bigram of a tenth of them; measured on tokens of
 the rest. Every signal goes through a store, so that the numbers are those of what is read back. Bytes are those of its
@@ -30,7 +30,7 @@ from distill_jax.traces.store import Row, SampledRow, SignalHeader, StoreHeader,
 from distill_jax.traces.trace import simple_trace
 
 CHUNK = 64
-TOPK, KEPT_MASS, DRAWS = (8, 16, 32, 64), {"m99": 0.99, "m999": 0.999}, (8, 16, 50)
+TOPK, KEPT_MASS, DRAWS = (8, 12, 16, 32, 64), {"m99": 0.99, "m999": 0.999}, (8, 16, 50)
 
 
 def traces(data: Path, limit: int) -> tuple[list[np.ndarray], int]:
