@@ -267,7 +267,7 @@ def test_sampler_weights():
     np.testing.assert_allclose(weights(mode="mask", cap=4.0, floor=0.6), [0, 1.5, 0], rtol=1e-6)
     np.testing.assert_allclose(weights(level="product", cap=9.0), [6.0] * 3, rtol=1e-5)
     np.testing.assert_allclose(sampler_weights(tokens, old="current")[0], [0.5, 1.5, 2.0], rtol=1e-6)
-    np.testing.assert_array_equal(corrected_fraction(tokens, by=Corrected(loss=ppo_clip))[0], [0, 0, 1])
+    np.testing.assert_array_equal(corrected_fraction(tokens)[0], [0, 0, 1])
     np.testing.assert_allclose(logprob_gap(tokens)[0], np.abs(np.log([0.5, 1.5, 8])), rtol=1e-5)
     np.testing.assert_allclose(mean_ratio(tokens)[0], [0.5, 1.5, 8], rtol=1e-5)
     np.testing.assert_array_equal(clip_fraction(tokens)[0], [0, 1, 1])
