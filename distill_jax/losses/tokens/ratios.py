@@ -106,5 +106,6 @@ class Corrected:
         return self.level == "token" and getattr(self.loss, "local", False)
 
     def __call__(self, tokens: Tokens, **kwargs: Any) -> Array:
-        weights = sampler_weights(tokens, old=self.old, level=self.level, mode=self.mode, cap=self.cap, floor=self.floor)
+        weights = sampler_weights(tokens, old=self.old, level=self.level, mode=self.mode, cap=self.cap,
+                                  floor=self.floor)
         return weights * self.loss(tokens, old=self.old, **kwargs)
