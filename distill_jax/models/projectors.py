@@ -77,6 +77,32 @@ class LinearProjector:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValueHead:
+    """A critic: V(state) = w h + b of the final states of `source`, a source with one output ("logits" [N,1]).
+
+    detach  True: the states are constants, so that the critic does not move the policy; False: one trunk for both
+    Zero at first, as every value then is. params {"kernel" [width, 1], "bias" [1]}. `losses.rows.value` reads it.
+    """
+
+    source: str
+    width: int
+    detach: bool = True
+
+    @property
+    def reads(self) -> tuple[tuple[str, Layer], ...]:
+        return ((self.source, "final"),)
+
+    def init(self, rng: Array) -> dict[str, Any]:
+        return {"kernel": jnp.zeros((self.width, 1), jnp.float32), "bias": jnp.zeros(1, jnp.float32)}
+
+    def write(self, params: Params, found: Found) -> dict[str, Written]:
+        states = found.state(self.source, "final")
+        head = Head(kernel=params["kernel"].T, bias=params["bias"])
+        return {"/" + self.source.split("/")[1]: Written(
+            {"final": jax.lax.stop_gradient(states) if self.detach else states}, head)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CrossAttention:
     """Cross-model attention of DSKD (Zhang et al. 2024, 2406.17328): fields `t2s` and `s2t`.
 

@@ -25,6 +25,7 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule, until
 from distill_jax.losses.tokens.aggregate import sequence_mean, token_mean
+from distill_jax.losses.tokens.inputs import Tokens
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import OWN, Controller
 from distill_jax.objective.coupled import CoupledTerm, Given, Layer, check_coupled, coupled_values
@@ -35,6 +36,9 @@ from distill_jax.objective.tokens import TokenTerm, token_total
 Array = Any
 Controllers = dict[str, Any]
 
+_OWN = ("tokens", "fields")
+"""Targets that are in the student's own stream."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
@@ -42,7 +46,8 @@ class Term:
 
     loss     row loss from `losses.rows`, module-level function (logits, target, **kwargs) -> [N]
     student  "<provider>/<view>" whose logits it reads
-    target   "tokens", "signals/<name>", or "<provider>/<view>" of a teacher run beside the student
+    target   "tokens", "signals/<name>", "<provider>/<view>" of a teacher run beside the student, or "fields": what the
+             stream's fields say of the token (`losses.targets.Known`)
     on       roles of the tokens it is taken on
     where    name of a stream field; only tokens at which it is not 0 are taken (and counted). "": all
     weight   factor: number, schedule or controller
@@ -68,9 +73,9 @@ class Term:
         if not self.on:
             raise ValueError(f"Term.on is empty: name the roles to train on, e.g. {[r.name for r in SUPERVISED]}")
         for name, value in (("student", self.student), ("target", self.target)):
-            if value.count("/") != 1 and not (name == "target" and value == "tokens"):
-                raise ValueError(f"Term.{name} must look like 'student/main'"
-                                 f"{' or signals/topk, or be tokens' if name == 'target' else ''}, got {value!r}")
+            if value.count("/") != 1 and not (name == "target" and value in _OWN):
+                others = " or signals/topk, or be tokens or fields" if name == "target" else ""
+                raise ValueError(f"Term.{name} must look like 'student/main'{others}, got {value!r}")
 
     @property
     def view(self) -> str:
@@ -79,7 +84,7 @@ class Term:
     @property
     def states(self) -> dict[str, tuple[Layer, ...]]:
         """{"<provider>/<view>": layers it reads of them}."""
-        teacher = () if self.target == "tokens" or _signal(self.target) else (self.target,)
+        teacher = () if self.target in _OWN or _signal(self.target) else (self.target,)
         return dict.fromkeys((self.student, *teacher), ("final",))
 
 
@@ -192,12 +197,14 @@ class Objective:
             metrics |= measured
         rowwise = {n: t for n, t in self.terms.items() if isinstance(t, Term)}
         for view in sorted({t.view for t in rowwise.values()}):
-            terms = {n: _row_term(t, (dynamic or {}).get(n, {})) for n, t in rowwise.items() if t.view == view}
+            terms = {n: _row_term(n, t, (dynamic or {}).get(n, {})) for n, t in rowwise.items() if t.view == view}
             needed = {t.source for t in terms.values()} | {t.target for t in terms.values()}
             stream: Stream = batch.views[view]
+            about = {_about(n): Tokens(logprobs=None, entropies=None, mask=weights.masks[n] != 0, segment_ids=None,
+                               fields=stream.fields) for n in terms if rowwise[n].target == "fields"}
             part, measured = lift_sum(
                 {s: x for s, x in sources.items() if s in needed}, terms, weights.weights, tokens=stream.tokens,
-                signals=batch.signals if view == "main" else {}, roles=stream.roles, masks=weights.masks,
+                signals=(batch.signals if view == "main" else {}) | about, roles=stream.roles, masks=weights.masks,
                 trainable=trainable, mesh=mesh, chunk=chunk)
             totals.append(part)
             metrics |= measured
@@ -228,7 +235,7 @@ def build_objective(terms: Mapping[str, AnyTerm], steps: int | None = None) -> O
             raise ValueError(f"term {name!r}: signals are aligned with view 'main', its student reads {term.view!r}")
         if isinstance(term, CoupledTerm):
             check_coupled(name, term)
-        elif term.target != "tokens" and not _signal(term.target) and term.target.split("/")[1] != term.view:
+        elif term.target not in _OWN and not _signal(term.target) and term.target.split("/")[1] != term.view:
             raise ValueError(f"term {name!r} compares {term.student!r} with {term.target!r}, but the tokens of two "
                              "views differ; use one view on both sides")
     return Objective(dict(terms))
@@ -243,10 +250,15 @@ def _moves(value: Any) -> bool:
     return isinstance(value, Controller | Schedule) and not inspect.isroutine(value)
 
 
-def _row_term(term: Term, dynamic: Mapping[str, Array]) -> RowTerm:
+def _row_term(name: str, term: Term, dynamic: Mapping[str, Array]) -> RowTerm:
+    target = f"signals/{_about(name)}" if term.target == "fields" else term.target
     static = {k: v for k, v in term.kwargs.items() if not _moves(v)}
-    return RowTerm(loss=term.loss, source=term.student, target=term.target, kwargs=static,
-                   dynamic=_moving(term, dynamic))
+    return RowTerm(loss=term.loss, source=term.student, target=target, kwargs=static, dynamic=_moving(term, dynamic))
+
+
+def _about(term: str) -> str:
+    """Name under which what the fields say goes to the lift; no signal can have it."""
+    return f"fields/{term}"
 
 
 def _moving(term: AnyTerm, dynamic: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -177,11 +177,11 @@ def policy_metrics(*, old: str = BEHAVIOUR, low: float = 0.2, high: float = 0.2,
                    student: str = "student/main", on: tuple[Role, ...] = SUPERVISED) -> dict[str, TokenTerm]:
     """Terms of weight 0 to put beside a policy loss with the same settings: what there is to watch.
 
-    "clip_fraction", "ratio", "entropy" and, between the trainer's log-probs now and the sampler's, "logprob_gap": means
-    over tokens of the global batch, and by role.
+    "clip_fraction", "mean_ratio", "mean_entropy" and, between the trainer's log-probs now and the sampler's,
+    "logprob_gap": means over tokens of the global batch, and by role.
     """
     settings = {"old": old, "level": level}
     of = lambda loss, kwargs: TokenTerm(loss, student=student, on=on, weight=0.0, kwargs=kwargs)
     return {"clip_fraction": of(measures.clip_fraction, {"low": low, "high": high} | settings),
-            "ratio": of(measures.mean_ratio, settings), "entropy": of(measures.entropy, {}),
+            "mean_ratio": of(measures.mean_ratio, settings), "mean_entropy": of(measures.entropy, {}),
             "logprob_gap": of(measures.logprob_gap, {})}

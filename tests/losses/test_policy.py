@@ -11,7 +11,7 @@ from distill_jax.losses.tokens.aggregate import ConstantLength, MeanOver, sequen
 from distill_jax.losses.tokens.measures import clip_fraction, corrected_fraction, logprob_gap, mean_ratio
 from distill_jax.losses.tokens.policy import cispo, gspo, gspo_token, ppo_clip, reinforce
 from distill_jax.losses.tokens.ratios import Corrected, ratio, sampler_weights
-from distill_jax.losses.tokens.regularizers import kl, negative_entropy
+from distill_jax.losses.tokens.regularizers import kl, negative_entropy, negative_log_likelihood
 from tests.losses.sampled import aggregated, tokens_of
 
 
@@ -99,6 +99,15 @@ def test_trace_mean_hand_value():
     assert np.isclose(aggregated(values, tokens, sequence_mean), -1 / 3, atol=1e-6)
     grad = jax.grad(lambda v: aggregated(v, tokens, MeanOver(field="trace_ids")))(values)
     np.testing.assert_allclose(np.asarray(grad)[np.asarray(tokens.mask)], 1 / 8, rtol=1e-6)
+
+
+def test_likelihood_of_own_correct_samples():
+    """Card of PDR: rewards 1, 0, 1, mean log-probs -1, -2, -.5 -> .75 over the correct ones; none correct -> 0."""
+    rows = [[[-1.5, -0.5], [-2.0], [-0.5]]]
+    correct = tokens_of(rows, mask=[[[1, 1], [0], [1]]])
+    assert np.isclose(aggregated(negative_log_likelihood(correct), correct, sequence_mean), 0.75)
+    none = tokens_of(rows, mask=0.0)
+    assert np.all(np.asarray(negative_log_likelihood(none)) == 0)
 
 
 def test_doubling_a_response_doubles_its_gradient_weight_in_dr_grpo_only():
@@ -267,7 +276,7 @@ def test_sampler_weights():
     np.testing.assert_allclose(weights(mode="mask", cap=4.0, floor=0.6), [0, 1.5, 0], rtol=1e-6)
     np.testing.assert_allclose(weights(level="product", cap=9.0), [6.0] * 3, rtol=1e-5)
     np.testing.assert_allclose(sampler_weights(tokens, old="current")[0], [0.5, 1.5, 2.0], rtol=1e-6)
-    np.testing.assert_array_equal(corrected_fraction(tokens, by=Corrected(loss=ppo_clip))[0], [0, 0, 1])
+    np.testing.assert_array_equal(corrected_fraction(tokens)[0], [0, 0, 1])
     np.testing.assert_allclose(logprob_gap(tokens)[0], np.abs(np.log([0.5, 1.5, 8])), rtol=1e-5)
     np.testing.assert_allclose(mean_ratio(tokens)[0], [0.5, 1.5, 8], rtol=1e-5)
     np.testing.assert_array_equal(clip_fraction(tokens)[0], [0, 1, 1])

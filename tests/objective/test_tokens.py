@@ -230,8 +230,8 @@ def test_first_on_policy_update_is_reinforce():
     got = evaluate({"p": TokenTerm(ppo_clip, per="sequence", kwargs=settings)} | watch, batch)
     assert rel(got[2], want[2]) < 1e-6 and rel(got[3], want[3]) < 1e-6 and np.linalg.norm(want[2]) > 1e-2
     seen = means(got[1])
-    assert seen["clip_fraction"] == 0 and seen["ratio"] == 1
-    assert seen["entropy/think"] > 0 and seen["logprob_gap"] > 0.1, "the gap is to the sampler, whatever `old` is"
+    assert seen["clip_fraction"] == 0 and seen["mean_ratio"] == 1
+    assert seen["mean_entropy/think"] > 0 and seen["logprob_gap"] > 0.1, "the gap is to the sampler, whatever `old` is"
     for loss in (cispo, gspo):
         other = evaluate({"p": TokenTerm(loss, per="sequence", kwargs=settings)}, batch)
         assert rel(other[2], want[2]) < 1e-5

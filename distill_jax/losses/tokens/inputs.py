@@ -49,7 +49,8 @@ class Tokens:
             raise ValueError(f"a token loss needs the field {name!r} of its stream; the batch has "
                              f"{sorted(self.fields)}. Its source must write it (rollouts write their log-probs and "
                              "advantages, pair builders their pairs)")
-        value = jnp.asarray(self.fields[name]).astype(self.logprobs.dtype)
+        dtype = jnp.float32 if self.logprobs is None else self.logprobs.dtype
+        value = jnp.asarray(self.fields[name]).astype(dtype)
         return jax.lax.stop_gradient(self.masked(value))
 
     def ids(self, name: str) -> Array:

@@ -4,13 +4,13 @@ As terms they are averaged over the tokens of the global batch and by role, as l
 thinking and answer apart cost nothing more. Shapes: B rows, T tokens.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from distill_jax.losses.tokens.inputs import Tokens, local
 from distill_jax.losses.tokens.preference import Pairs, sequence_scores
-from distill_jax.losses.tokens.ratios import BEHAVIOUR, Corrected, Level, log_ratio, ratio, stop
+from distill_jax.losses.tokens.ratios import BEHAVIOUR, Level, log_ratio, ratio, sampler_weights, stop
 
 Array = Any
 
@@ -43,11 +43,12 @@ def entropy(tokens: Tokens) -> Array:
     return tokens.masked(stop(tokens.entropies))
 
 
-def corrected_fraction(tokens: Tokens, *, by: Corrected) -> Array:
-    """1 at the tokens whose importance weight is truncated or masked: [B,T]."""
-    weights = by.weights(tokens)
-    edge = (weights == 0) if by.mode == "mask" else (weights >= by.cap) | (weights <= by.floor)
-    return tokens.masked(edge.astype(weights.dtype))
+@local
+def corrected_fraction(tokens: Tokens, *, old: str = "old_logprobs", level: Literal["token", "product"] = "token",
+                       cap: float = 2.0, floor: float = 0.0) -> Array:
+    """1 at the tokens whose sampler weight is outside [floor, cap], where `Corrected` truncates or masks it: [B,T]."""
+    weights = sampler_weights(tokens, old=old, level=level, mode="mask", cap=cap, floor=floor)
+    return tokens.masked((weights == 0).astype(weights.dtype))
 
 
 def sequence_log_ratio(tokens: Tokens) -> Array:

@@ -105,8 +105,7 @@ class Corrected:
     def local(self) -> bool:
         return self.level == "token" and getattr(self.loss, "local", False)
 
-    def weights(self, tokens: Tokens) -> Array:
-        return sampler_weights(tokens, old=self.old, level=self.level, mode=self.mode, cap=self.cap, floor=self.floor)
-
     def __call__(self, tokens: Tokens, **kwargs: Any) -> Array:
-        return self.weights(tokens) * self.loss(tokens, old=self.old, **kwargs)
+        weights = sampler_weights(tokens, old=self.old, level=self.level, mode=self.mode, cap=self.cap,
+                                  floor=self.floor)
+        return weights * self.loss(tokens, old=self.old, **kwargs)
