@@ -45,7 +45,7 @@ def _knights(sample: Sample) -> Verdict:
 def judge_code(samples: Sequence[Sample], sandbox: Sandbox, journal: Journal | None = None) -> list[Sample]:
     """Programs against `trace.meta["tests"]` (see `rewards.code`): right if all pass. Without tests, no verdict.
 
-    `extracted` is "7/10", tests passed; method `tests`, or what the first failure was: wrong, error, timeout, ...; tests
+    `extracted` is "7/10", tests passed; method `tests`, or what the first failure was: wrong, error, timeout, ... Tests
     that say nothing (`bad_tests`) and a sandbox that failed (`crash`) decide nothing.
     A text that was run before, in this batch or by the journal, is not run again.
     """

@@ -1,4 +1,7 @@
-"""Lengths, and the length shaping of the papers, one small function each. L is `Sample.tokens`, the length of the whole completion."""
+"""Lengths, and the length shaping of the papers, one small function each.
+
+L is `Sample.tokens`, the length of the whole completion.
+"""
 
 import math
 from collections.abc import Sequence

@@ -162,6 +162,7 @@ def test_laser_targets_follow_the_monitoring_set():
     assert d.value(samples, state) == [1.5, 1.0] * 4
     hard = row([1] + [0] * 7, [10**6] * 8, group="y")
     assert d.value(hard, state) == [1.5] + [-0.5] * 7  # no limit for that band
+    assert LaserD(start=20).value(samples, LaserD(start=20).init()) == [1.5, 1.0] * 4
     assert d.value(samples, d.init()) == [1.5] * 8 and d.update([], state) is state
     assert spec.from_plain(spec.to_plain(Reward(fn=d))) == Reward(fn=d)
 
