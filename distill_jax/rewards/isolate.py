@@ -19,7 +19,7 @@ NOBODY = 65534
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MS_REMOUNT = 1, 2, 4, 4096, 16384, 1 << 18, 32
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
-SYS_MOUNT_SETATTR = 442  # the same on all machines; Linux 5.12
+SYS_MOUNT_SETATTR = 442  # the same on all machines; Linux 5.12. A limit on processes by user namespace: 5.14
 AT_RECURSIVE = 0x8000
 SCRATCH = "/scratch"
 
