@@ -24,7 +24,7 @@ class Verdict:
                other words: "Second place" for "second"
     extracted  the final answer that was found, None where the completion states none
     method     what decided: exact, number, letter, bool, text, contains, math, no_answer, unterminated, unclear,
-               no_gold, timeout, crash
+               no_gold, timeout, crash; what `rewards.judges` adds stands there
     """
 
     correct: bool | None

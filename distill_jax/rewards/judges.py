@@ -5,6 +5,7 @@ are in the journal before they are returned, so that a restarted run decides as 
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,7 @@ from distill_jax.rewards.sample import Sample
 from distill_jax.rewards.sandbox import Sandbox
 from distill_jax.rewards.verify import verify
 
+_log = logging.getLogger(__name__)
 UNTERMINATED = Verdict(correct=False, extracted=None, method="unterminated")
 NO_GOLD = Verdict(correct=None, extracted=None, method="no_gold")
 
@@ -43,7 +45,8 @@ def _knights(sample: Sample) -> Verdict:
 def judge_code(samples: Sequence[Sample], sandbox: Sandbox, journal: Journal | None = None) -> list[Sample]:
     """Programs against `trace.meta["tests"]` (see `rewards.code`): right if all pass. Without tests, no verdict.
 
-    `extracted` is "7/10", tests passed; method `tests`, or what the first failure was: wrong, error, timeout, ...
+    `extracted` is "7/10", tests passed; method `tests`, or what the first failure was: wrong, error, timeout, ... Tests
+    that say nothing (`bad_tests`) and a sandbox that failed (`crash`) decide nothing.
     A text that was run before, in this batch or by the journal, is not run again.
     """
     keys = [verdict_key(s.trace.id, [json.dumps(t, sort_keys=True)], "code")
@@ -60,7 +63,11 @@ def judge_code(samples: Sequence[Sample], sandbox: Sandbox, journal: Journal | N
 
 
 def _code(sample: Sample, sandbox: Sandbox) -> Verdict:
-    result = run_tests(extract_code(sample.answer), sample.trace.meta["tests"], sandbox)
+    try:
+        result = run_tests(extract_code(sample.answer), sample.trace.meta["tests"], sandbox)
+    except (ValueError, RuntimeError, OSError) as e:
+        _log.warning("tests of %s gave no verdict: %s", sample.trace.id, str(e)[:300])
+        return Verdict(correct=None, extracted=None, method="bad_tests" if isinstance(e, ValueError) else "crash")
     return Verdict(correct=result.passed == result.total, extracted=f"{result.passed}/{result.total}",
                    method=result.why or "tests", timed_out=result.why == "timeout")
 

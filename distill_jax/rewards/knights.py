@@ -8,7 +8,7 @@ for the other pairs of names that puzzle generators use.
 import ast
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distill_jax.rewards.answers import after_thinking
@@ -30,22 +30,19 @@ def roles_of(answer: str, names: Sequence[str]) -> dict[str, bool | None]:
     found: dict[str, bool | None] = {}
     waiting: list[str] = []
     last: tuple[list[str], int] = ([], 0)  # who got the last role, and where its word ended: `a knight or a knave`
-    heading: bool | None = None  # `Knights: Zoey, Luke` gives its role to what follows
-    joined = {n.casefold(): n for n in names}
-    token = re.compile(
-        rf"(?P<name>\b(?:{'|'.join(map(re.escape, sorted(joined, key=len, reverse=True)))})\b)|(?P<head>{_ROLE.pattern}"
-        rf"\s*(?:\([^)\n]*\)\s*)?:)|(?P<role>{_ROLE.pattern})|(?P<no>\bnot\b|n't\b|\bneither\b)|(?P<end>[.;\n])",
-        re.IGNORECASE) if names else None
+    heading: bool | None = None  # `Knights: Zoey, Luke` gives its role to what follows, to the end of the line or,
+    listed = False  # where names stand below it, to the next empty line
+    known = {n.casefold(): n for n in names}
     negated = False
-    for match in token.finditer(text) if token is not None else ():
+    for match in _tokens(known).finditer(text) if known else ():
         if match["name"]:
-            name = joined[match["name"].casefold()]
+            name = known[match["name"].casefold()]
             if heading is not None:
                 _say(found, name, heading)
             else:
                 waiting.append(name)
         elif match["head"] and not waiting:
-            heading = _is_true(match["head"])
+            heading, listed = _is_true(match["head"]), text[match.end():].lstrip(" ").startswith("\n")
         elif match["head"] or match["role"]:
             heading = None
             if not waiting and _HEDGE.fullmatch(text, last[1], match.start()):
@@ -58,8 +55,17 @@ def roles_of(answer: str, names: Sequence[str]) -> dict[str, bool | None]:
             negated = True
         else:
             waiting, negated = [], False
-            heading = None if match["end"] != ";" else heading
+            goes_on = match["end"] == ";" or (listed and match["end"] == "\n")
+            heading = heading if goes_on else None
     return found
+
+
+def _tokens(names: Iterable[str]) -> re.Pattern[str]:
+    """What matters in an answer: a name, a role as a heading, a role, a negation, the end of a sentence or line."""
+    name = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(
+        rf"(?P<name>\b(?:{name})\b)|(?P<head>{_ROLE.pattern}\s*(?:\([^)\n]*\)\s*)?:)|(?P<role>{_ROLE.pattern})"
+        r"|(?P<no>\bnot\b|n't\b|\bneither\b)|(?P<end>[.;]|\n\s*\n|\n)", re.IGNORECASE)
 
 
 def _is_true(word: str) -> bool:

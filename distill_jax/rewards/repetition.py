@@ -44,8 +44,7 @@ def dense_penalty(ids: Sequence[Hashable], n: int = 40, penalty: float = -0.05) 
 
 
 def loops(sample: Sample, n: int = 20, times: int = 4) -> bool:
-    """Whether the completion says one n-gram `times` times: a loop. Both numbers are guesses (LASER-DE names a
-    detector of n-gram loops, without constants)."""
+    """Whether the completion says one n-gram `times` times: a loop. Both numbers are guesses."""
     said = units(sample)
     counts: dict[tuple[Hashable, ...], int] = {}
     for i in range(len(said) - n + 1):

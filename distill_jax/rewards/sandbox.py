@@ -199,7 +199,7 @@ class Sandbox:
 
 def _refusal(why: str) -> str:
     return (f"programs cannot be shut in here: {why}. Needed are unprivileged user namespaces, or root with "
-            "CAP_SYS_ADMIN (in a container: --privileged or a profile that allows unshare and mount), Linux 5.12 or "
+            "CAP_SYS_ADMIN (in a container: --privileged or a profile that allows unshare and mount), Linux 5.14 or "
             "later on x86_64 or aarch64. Sandbox(unsafe=True) runs generated code as this user, without isolation")
 
 

@@ -33,6 +33,8 @@ exec(compile(open("main.py", encoding="utf-8").read(), "main.py", "exec"))
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    with contextlib.suppress(OSError):  # not Linux
+        isolate.adopt_orphans()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), file=replies, flush=True)
 
@@ -55,6 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     finally:
         _kill_group(child)
         os.waitpid(child, 0)
+        _reap()
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
     reply: dict[str, Any] = {name: texts[name].decode("utf-8", "replace") for name in ("stdout", "stderr")}
@@ -97,6 +100,15 @@ def _kill_group(child: int) -> None:
     except (ProcessLookupError, PermissionError):
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+
+
+def _reap() -> None:
+    """Wait for what the program left behind; all of it was killed, but for what left its group in unsafe mode."""
+    end = time.monotonic() + 1.0
+    with contextlib.suppress(ChildProcessError):
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.002)
 
 
 def _child(job: dict[str, Any], out: int, err: int, say: int, scratch: str) -> None:

@@ -1,12 +1,23 @@
-"""Length shaping of the papers, one small function each. L is `Sample.tokens`, the length of the whole completion."""
+"""Lengths, and the length shaping of the papers, one small function each.
+
+L is `Sample.tokens`, the length of the whole completion.
+"""
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from distill_jax.rewards.algebra import batch, group
 from distill_jax.rewards.sample import Sample, groups_of
+
+
+def length(sample: Sample, of: Literal["all", "thinking", "answer"] = "all", per: float = 1.0) -> float:
+    """Tokens of the completion, of its thinking or of its answer, in units of `per`. To be weighted, or to be logged
+    with weight 0."""
+    counts = {"all": sample.tokens, "thinking": sample.think_tokens, "answer": sample.answer_tokens}
+    return counts[of] / per
 
 
 def soft_overlong(sample: Sample, limit: int, cache: int) -> float:

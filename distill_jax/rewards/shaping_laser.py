@@ -45,13 +45,15 @@ class LaserD:
 
     State: {"targets": float64 [easy, medium, hard]}, infinite where there is no limit. `update` takes the monitoring
     set: in the paper 500 prompts, 8 rollouts each, every 20 updates. A prompt's band in training is that of its own
-    group. bonus 0.5, grid from 4096 by 1024 to 16384: the paper's, for a context of 16K; what counts as a loop is a
-    guess (`repetition.loops`).
+    group. bonus 0.5, grid from 4096 by 1024 to 16384: the paper's, for a context of 16K. `start` is every band's target
+    before the first monitoring set (the code: LASER's fixed one). What counts as a loop is ours (`repetition.loops`):
+    the code takes a 4-gram said three times for one, which nearly every long text has.
     """
 
     lower: int = 4096
     upper: int = 16384
     step: int = 1024
+    start: float = np.inf
     bonus: float = 0.5
     explore: float = 0.0
     wrong: float = -0.5
@@ -62,7 +64,7 @@ class LaserD:
             raise ValueError(f"LaserD needs 0 < lower <= upper and a positive step, got {self}")
 
     def init(self) -> dict[str, np.ndarray]:
-        return {"targets": np.full(3, np.inf)}
+        return {"targets": np.full(3, self.start, np.float64)}
 
     def value(self, samples: Sequence[Sample], state: dict[str, np.ndarray]) -> list[float]:
         out = [0.0] * len(samples)

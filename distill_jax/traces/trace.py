@@ -131,7 +131,7 @@ class Trace:
     def id(self) -> str:
         """Content hash: the same text from the same question has the same id wherever it came from."""
         body = json.dumps([[int(s.role), s.text, s.turn] for s in self.segments] + [self.group], ensure_ascii=False)
-        return hashlib.blake2b(body.encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(body.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
 
     def replace(self, **changes: Any) -> "Trace":
         """A changed copy. Changing `segments` drops `encoded`: edited text has no sampled ids."""
@@ -191,7 +191,8 @@ class Trace:
 
 def question_key(text: str) -> str:
     """Identity of a question: hash of its text with case and white space folded."""
-    return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=8).hexdigest()
+    folded = " ".join(text.lower().split())
+    return hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def simple_trace(question: str, thinking: str, answer: str, *, system: str = "", **kwargs: Any) -> Trace:

@@ -123,6 +123,19 @@ def test_judge(box, tmp_path):
     assert judge_code(samples, Closed(), Journal(tmp_path / "verdicts.jsonl")) == judged  # nothing runs again
 
 
+def test_what_decides_nothing_stops_nothing(box):
+    class Broken:
+        workers = 1
+
+        def run(self, *args, **kwargs):
+            raise RuntimeError("the sandbox's runner died twice under one program")
+
+    strange = program(f"```python\n{ADD}\ud800```", CALLS)  # a text that is no UTF-8
+    assert judge_code([strange], box)[0].verdict.method == "error"
+    assert judge_code([program(ADD, {"calls": []})], box)[0].verdict.method == "bad_tests"
+    assert judge_code([program(ADD, CALLS)], Broken())[0].verdict.method == "crash"
+
+
 def test_other_judges():
     from distill_jax.rewards.checker import Checker
 

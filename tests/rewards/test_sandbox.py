@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -231,6 +232,16 @@ def test_a_dead_runner_is_replaced(box):
     runner.process.wait()
     box._idle.put(runner)
     assert box.run("print(1)").stdout == "1\n"
+
+
+def test_no_zombies_are_left(box):
+    box.run("import time; time.sleep(5)", limits=Limits(wall=0.3))
+    for _ in range(box.workers):
+        runner = box._idle.get()
+        box._idle.put(runner)
+        if runner is not None:
+            pid = runner.process.pid
+            assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
 
 
 def test_packages(box, tmp_path):

@@ -11,7 +11,15 @@ from distill_jax.core import spec
 from distill_jax.rewards.algebra import Reward
 from distill_jax.rewards.outcome import boxed_letter, outcome, right
 from distill_jax.rewards.repetition import dense_penalty, ngram_penalty
-from distill_jax.rewards.shaping import concise, cosine, efficiency, min_max_length, soft_overlong, top_groups
+from distill_jax.rewards.shaping import (
+    concise,
+    cosine,
+    efficiency,
+    length,
+    min_max_length,
+    soft_overlong,
+    top_groups,
+)
 from distill_jax.rewards.shaping_laser import EASY, HARD, MEDIUM, LaserD, band, laser, wanted
 from distill_jax.rewards.shaping_modes import adapt_think, early_exit, entropies, phase_entropy
 from distill_jax.traces.trace import Encoded, simple_trace
@@ -20,9 +28,14 @@ from tests.rewards.samples import row, sample
 near = lambda x: pytest.approx(x, abs=1e-4)
 
 
-@pytest.mark.parametrize("length,value", [(0, 0), (80, 0), (90, -0.5), (100, -1), (101, -1), (10**6, -1)])
-def test_dapo_soft_overlong(length, value):
-    assert soft_overlong(sample(tokens=length), limit=100, cache=20) == near(value)
+def test_length():
+    s = sample(tokens=9, think_tokens=5, answer_tokens=3)
+    assert [length(s, of) for of in ("all", "thinking", "answer")] == [9, 5, 3] and length(s, per=3) == 3
+
+
+@pytest.mark.parametrize("tokens,value", [(0, 0), (80, 0), (90, -0.5), (100, -1), (101, -1), (10**6, -1)])
+def test_dapo_soft_overlong(tokens, value):
+    assert soft_overlong(sample(tokens=tokens), limit=100, cache=20) == near(value)
 
 
 @pytest.mark.parametrize("correct,values", [(True, [2, 1.8536, 1.5, 1.1464]), (False, [-10, -8.5355, -5, -1.4645])])
@@ -149,6 +162,7 @@ def test_laser_targets_follow_the_monitoring_set():
     assert d.value(samples, state) == [1.5, 1.0] * 4
     hard = row([1] + [0] * 7, [10**6] * 8, group="y")
     assert d.value(hard, state) == [1.5] + [-0.5] * 7  # no limit for that band
+    assert LaserD(start=20).value(samples, LaserD(start=20).init()) == [1.5, 1.0] * 4
     assert d.value(samples, d.init()) == [1.5] * 8 and d.update([], state) is state
     assert spec.from_plain(spec.to_plain(Reward(fn=d))) == Reward(fn=d)
 
