@@ -63,7 +63,7 @@ class Report:
     """What a call wrote. tokens i32 [B,C], logprobs float32 [B,C] under the model itself (temperature 1, whole
     vocabulary), behaviour float32 [B,C] under the rules: column 0 is the first token of an answer that begins with
     this call, other answers go on in column 1; what lies behind a row's last token means nothing.
-    count i32 [B], live, stopped bool [B]: afterwards; stopped: the last token is a stop id. steps i32: forward passes."""
+    count i32 [B], live, stopped bool [B]: afterwards; stopped: the last token is a stop id. steps i32: passes made."""
 
     tokens: Array
     logprobs: Array

@@ -54,6 +54,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; no stop strings are not mentioned."""
+        out = {**vars(self), "stop_ids": list(self.stop_ids), "stop_strings": list(self.stop_strings)}
+        return out if self.stop_strings else {k: v for k, v in out.items() if k != "stop_strings"}
+
     @property
     def rules(self) -> "Sampling":
         """What a compiled step depends on: lengths and strings are the business of who calls it."""

@@ -63,7 +63,8 @@ class OnPolicySteering:
         """Ask the next questions of the student as it is, and write its answers down."""
         taken = self.source(state).taken_before(step)[:-1] if step else state["taken"]
         answers = sample_traces(
-            Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh), self._tok,
+            Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh,
+                      token_bytes=self._tok.token_bytes), self._tok,
             list(self._asked(step // self.every)), self.spec.sampling, n=self.spec.n,
             seed=self._seed * 1_000_003 + step, teacher=f"the student at update {step}")
         if jax.process_index() == 0:
