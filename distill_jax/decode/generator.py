@@ -25,6 +25,11 @@ PASSES_WITH_STRINGS = 15
 """The same where the host looks for stop strings: what is written behind one is thrown away."""
 REFILL_COST = 6.0
 """What a refill costs more than the passes it saves, see `refill_at`; measured (`benchmarks.rollout`)."""
+SHRINK = 4
+"""When nothing waits, and answers may be long (`SHRINK_FROM`), the slots become this many times fewer as soon as the
+answers that are still written fit: a step costs what its slots cost."""
+SHRINK_FROM = 128
+"""Shorter answers end before another program for fewer slots pays."""
 PREFILL_TOKENS = 65536
 """Padded prompt tokens that are prefilled together at most, where there are several prompts."""
 
@@ -172,17 +177,21 @@ class _Work:
         self.together = min(slots, power_of_two(min(len(self.groups), math.ceil(self.enough / per_prompt))))
         self.most = PASSES_WITH_STRINGS if stops else PASSES
         self.columns = min(self.most + 1, power_of_two(limit))
+        self.shrink = SHRINK if owner.refill and limit >= SHRINK_FROM else 0
         self.pauses = any(r.injections for r in requests)
 
     def round(self) -> list[tuple[int, Completion]]:
         """Fill the free slots, write on for a while -> the answers that ended."""
+        self._shrink()
         held = bool(self.table.live.any())
         lots = self._fill()
         passes = min(self.columns - 1, self.table.passes())
         self._take_over(lots, passes, held)
         rows, live = len(self.table.request), int(self.table.live.sum())
-        waiting = self.ready or self.groups or self.pauses
-        enough = min(rows, rows - live + self.enough) if waiting else rows
+        fewer = max(rows // self.shrink, self.owner.row_multiple) if self.shrink else 0
+        enough = rows - (fewer if fewer < live else 0)
+        if self.ready or self.groups or self.pauses:
+            enough = min(rows, rows - live + self.enough)
         before = int(self.table.count.sum())
         self.slots, report = self.programs.advance(
             self.owner.model, self.params, self.slots, self._place(self.table.rows()), np.int32(passes),
@@ -199,6 +208,16 @@ class _Work:
             key = np.asarray(request.prompt, np.int32).tobytes() if self.owner.share_prompts else i
             groups.setdefault(key, []).append(i)
         return sorted(groups.values(), key=lambda group: -len(self.requests[group[0]].prompt))
+
+    def _shrink(self) -> None:
+        """Fewer slots, where nothing waits for those that are free."""
+        live = self.table.live
+        rows = max(power_of_two(int(live.sum())), self.owner.row_multiple)
+        if self.slots is None or not self.shrink or self.groups or self.ready or rows * self.shrink > len(live):
+            return
+        slots = np.argsort(~live, kind="stable")[:rows].astype(np.int32)
+        self.table.select(slots)
+        self.slots = self.programs.select(self.slots, slots)
 
     def _fill(self) -> list[tuple[Slots, np.ndarray]]:
         """Requests to the free slots -> for each lot of prefilled prompts, which of them goes to which slot."""

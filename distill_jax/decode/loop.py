@@ -105,6 +105,11 @@ def resize(slots: Slots, capacity: int) -> Slots:
     return _pinned(replace(slots, k=fit(slots.k), v=fit(slots.v)))
 
 
+def select(slots: Slots, index: Array) -> Slots:
+    """The slots `index` i32 [N], in this order."""
+    return _pinned(Slots(k=slots.k[:, index], v=slots.v[:, index], hidden=slots.hidden[index]))
+
+
 def insert(slots: Slots, prefilled: Slots, source: Array) -> Slots:
     """Slot b takes over prompt source[b] of `prefilled` (i32 [B]; -1: stays as it is); a prompt may go to many."""
     taken = source >= 0
@@ -198,6 +203,7 @@ class Programs(NamedTuple):
     prefill: Any
     empty: Any
     resize: Any
+    select: Any
     insert: Any
     advance: Any
     compute_params: Any
@@ -212,6 +218,7 @@ def programs(mesh: Mesh | None) -> Programs:
         prefill=jax.jit(prefill, static_argnames="model"),
         empty=jax.jit(empty, static_argnames=("model", "rows", "capacity")),
         resize=jax.jit(resize, static_argnames="capacity"),
+        select=jax.jit(select),
         insert=jax.jit(insert, donate_argnames="slots"),
         advance=jax.jit(advance, static_argnames=("model", "rules", "columns"), donate_argnames="slots", **outs),
         compute_params=jax.jit(compute_params, static_argnames="dtype"))

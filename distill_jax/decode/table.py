@@ -53,6 +53,14 @@ class Table:
         whole = (self.prompt + longest - 1)[live]
         return int(np.minimum(self.stored[live] + passes, whole).max(initial=1)), int(whole.max(initial=1))
 
+    def select(self, slots: np.ndarray) -> None:
+        """These slots and no others, in this order."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, value[slots])
+        self._pending, self._spans, self._before = ([x[i] for i in slots] for x in (
+            self._pending, self._spans, self._before))
+
     def begin(self, slot: int, index: int) -> None:
         """A free slot takes a request, whose prompt is in the cache."""
         request = self._requests[index]

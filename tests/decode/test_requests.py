@@ -40,6 +40,7 @@ def test_groups_and_refill_change_nothing(config, monkeypatch):
     """Ragged answers of shared prompts through four slots: as one by one without either, and every prompt is computed
     once."""
     monkeypatch.setattr(generator, "REFILL_COST", 2.0)  # at one free slot of four
+    monkeypatch.setattr(generator, "SHRINK_FROM", 40)  # the last answer is written alone
     model, params = make(config)
     asked = groups(7, 3)
     plain = engine(model, params, 32, share_prompts=False, refill=False)
@@ -51,6 +52,7 @@ def test_groups_and_refill_change_nothing(config, monkeypatch):
     assert min(lengths) < 10 < 30 < max(lengths)
     assert (plain.usage.prompts, gen.usage.prompts) == (21, 7) and gen.usage.refills > 5
     assert gen.usage.tokens == plain.usage.tokens == sum(lengths)
+    assert gen.usage.slot_passes < 4 * gen.usage.passes
     # a lower bound of any schedule, and what a batch that waits for its last row would need
     batches = sum(max(lengths[i:i + 4]) for i in range(0, 21, 4))
     assert sum(lengths) / 4 - 21 <= gen.usage.passes < batches
@@ -165,8 +167,10 @@ def test_stop_strings(monkeypatch):
                 model, params, row)[1][len(request.prompt):], atol=LOGPROB_TOLERANCE)
 
 
-def test_everything_at_once_on_a_mesh():
+def test_everything_at_once_on_a_mesh(monkeypatch):
     """Slots over data x fsdp, heads over tensor; the same answers, and nothing is compiled when slots are refilled."""
+    monkeypatch.setattr(generator, "SHRINK_FROM", 40)
+    monkeypatch.setattr(generator, "SHRINK", 2)
     model, params = make(PLAIN)
     mesh = make_mesh(2, 2, 2)
     placed = jax.device_put(params, param_shardings(mesh, params))
