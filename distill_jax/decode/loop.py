@@ -74,12 +74,8 @@ class Report:
     steps: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    cache: Cache
-    newest: Array
-    report: Report
+Written = tuple[Array, Report]
+"""The newest token of every slot, and what was written."""
 
 
 def prefill(model: Any, params: Any, prompts: Array, lengths: Array) -> Slots:
@@ -134,25 +130,26 @@ def advance(model: Any, params: Any, slots: Slots, rows: Rows, steps: Array, eno
     keys, head = row_keys(rows.seeds), model.head(params)
     take = partial(_take, rows=rows, keys=keys, rules=rules)
     zeros = lambda dtype: jnp.zeros((len(rows.live), columns), dtype)
-    state = _State(newest=rows.newest, cache=Cache(k=slots.k, v=slots.v, lengths=rows.stored), report=Report(
+    report = Report(
         tokens=zeros(jnp.int32), logprobs=zeros(jnp.float32), behaviour=zeros(jnp.float32), count=rows.count,
-        live=rows.live, stopped=jnp.zeros(len(rows.live), bool), steps=jnp.int32(0)))
+        live=rows.live, stopped=jnp.zeros(len(rows.live), bool), steps=jnp.int32(0))
     fresh = rows.live & (rows.count == 0)
-    first = lambda s: take(s, head.logits(slots.hidden[:, 0]), fresh)
-    state = jax.lax.cond(jnp.any(fresh), first, lambda s: s, state)
+    first = lambda written: take(written, head.logits(slots.hidden[:, 0]), fresh)
+    written = jax.lax.cond(jnp.any(fresh), first, lambda written: written, (rows.newest, report))
 
-    def going(state: _State) -> Array:
-        report = state.report
+    def going(state: tuple[Cache, Written]) -> Array:
+        _, (_, report) = state
         return (report.steps < steps) & (jnp.sum(~report.live) < enough)
 
-    def body(state: _State) -> _State:
-        live, report = state.report.live, state.report
-        hidden, cache = _forward(model, params, state.newest[:, None], live[:, None], state.cache)
-        state = replace(state, cache=cache, report=replace(report, steps=report.steps + 1))
-        return take(state, head.logits(hidden[:, 0]), live)
+    def body(state: tuple[Cache, Written]) -> tuple[Cache, Written]:
+        cache, (newest, report) = state
+        hidden, cache = _forward(model, params, newest[:, None], report.live[:, None], cache)
+        written = newest, replace(report, steps=report.steps + 1)
+        return cache, take(written, head.logits(hidden[:, 0]), report.live)
 
-    state = jax.lax.while_loop(going, body, state)
-    return _pinned(Slots(k=state.cache.k, v=state.cache.v, hidden=slots.hidden)), state.report
+    cache = Cache(k=slots.k, v=slots.v, lengths=rows.stored)
+    cache, (_, report) = jax.lax.while_loop(going, body, (cache, written))
+    return _pinned(Slots(k=cache.k, v=cache.v, hidden=slots.hidden)), report
 
 
 def _forward(model: Any, params: Any, tokens: Array, real: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -165,9 +162,9 @@ def _pinned(slots: Slots) -> Slots:
     return Slots(k=constrain(slots.k, "cache"), v=constrain(slots.v, "cache"), hidden=constrain(slots.hidden, "hidden"))
 
 
-def _take(state: _State, logits: Array, live: Array, *, rows: Rows, keys: Array, rules: Sampling) -> _State:
+def _take(written: Written, logits: Array, live: Array, *, rows: Rows, keys: Array, rules: Sampling) -> Written:
     """A token for every row in `live`, from float32 logits [B,V], written down in the column of this step."""
-    old = state.report
+    newest, old = written
     token, behaviour = choose(logits, jax.vmap(jax.random.fold_in)(keys, old.count), rules)
     drawn = live
     if rows.given.shape[1]:
@@ -182,7 +179,7 @@ def _take(state: _State, logits: Array, live: Array, *, rows: Rows, keys: Array,
         tokens=put(old.tokens, token), logprobs=put(old.logprobs, logprob(logits, token)),
         behaviour=put(old.behaviour, behaviour), count=count, stopped=old.stopped | hit,
         live=old.live & ~hit & (count < rows.limit), steps=old.steps)
-    return replace(state, newest=jnp.where(live, token, state.newest), report=report)
+    return jnp.where(live, token, newest), report
 
 
 def compute_params(params: Any, dtype: Any) -> Any:
