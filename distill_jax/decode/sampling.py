@@ -5,7 +5,7 @@ what it excludes to -inf; it never excludes the most probable outcome. Rules app
 they are written below, each to the renormalised distribution that the one before left (as in Hugging Face).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ class Sampling:
     min_p           keep tokens at least this fraction as probable as the most probable one
     max_new_tokens  most tokens a completion may have, the stop token included
     stop_ids        a completion ends after any of these; they are part of it
+    stop_strings    a completion ends with the token that completes any of these in the sampled text; it is part of it
     """
 
     temperature: float = 0.0
@@ -35,6 +36,7 @@ class Sampling:
     min_p: float = 0.0
     max_new_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checks = (("temperature", self.temperature >= 0, "at least 0"), ("top_k", self.top_k >= 0, "at least 0"),
@@ -43,11 +45,29 @@ class Sampling:
         for name, good, rule in checks:
             if not good:
                 raise ValueError(f"Sampling.{name} must be {rule}, got {getattr(self, name)}")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"Sampling.stop_strings must be strings that are not empty, got {self.stop_strings!r}")
         object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; no stop strings are not mentioned."""
+        out = {**vars(self), "stop_ids": list(self.stop_ids), "stop_strings": list(self.stop_strings)}
+        return out if self.stop_strings else {k: v for k, v in out.items() if k != "stop_strings"}
+
+    @property
+    def rules(self) -> "Sampling":
+        """What a compiled step depends on: lengths and strings are the business of who calls it."""
+        return replace(self, max_new_tokens=1, stop_strings=())
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        return self.temperature == 1 and self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
 
 def keep_top_k(logits: Array, k: int) -> tuple[Array, Array]:

@@ -65,8 +65,9 @@ def model_answerer(model: Any, params: Any, tok: Tokenizer, *, max_new_tokens: i
     if context is not None and context > model.config.context_length:
         raise ValueError(f"--context {context:,} is more than the {model.config.context_length:,} tokens the model can "
                          "take; lower it, or leave it out")
-    return ModelAnswerer(generator=Generator(model, params, batch_size=batch_size), tokenizer=tok,
-                         sampling=Sampling(max_new_tokens=max_new_tokens), context=context, progress=progress)
+    generator = Generator(model, params, batch_size=batch_size, token_bytes=tok.token_bytes)
+    return ModelAnswerer(generator=generator, tokenizer=tok, sampling=Sampling(max_new_tokens=max_new_tokens),
+                         context=context, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

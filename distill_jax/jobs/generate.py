@@ -62,12 +62,13 @@ class ModelTeacher:
 
     def __init__(self, model: Any, params: Any, tok: Tokenizer, sampling: Sampling, *, n: int = 1, seed: int = 0,
                  name: str = "", batch_size: int = 256, mesh: Mesh | None = None) -> None:
-        self.generator = Generator(with_real_ids(model, tok), params, batch_size=batch_size, mesh=mesh)
+        self.generator = Generator(with_real_ids(model, tok), params, batch_size=batch_size, mesh=mesh,
+                                   token_bytes=tok.token_bytes)
         self.tok, self.sampling, self.n, self.seed, self.name = tok, with_stops(sampling, tok), n, seed, name
         self.unit = max(1, 4 * batch_size // n)
         self.identity = {"teacher": name, "fingerprint": fingerprint(params), "tokenizer": tok.hash,
                          "template": tok.chat.id, "dtype": str(jnp.dtype(model.dtype)), "batch_size": batch_size,
-                         "sampling": {**vars(self.sampling), "stop_ids": list(self.sampling.stop_ids)},
+                         "sampling": self.sampling.to_json(),
                          "n": n, "seed": seed}
 
     def unfit(self, question: Trace) -> Reject | None:
@@ -93,7 +94,7 @@ class EngineTeacher:
         self.engine, self.sampling, self.n, self.seed = engine, sampling, n, seed
         self.unit = max(1, 16 * engine.parallel // n)
         self.identity = {"engine": engine.url, "teacher": engine.model, "n": n, "seed": seed,
-                         "sampling": {**vars(sampling), "stop_ids": list(sampling.stop_ids)}}
+                         "sampling": sampling.to_json()}
 
     def unfit(self, question: Trace) -> Reject | None:
         return None  # the server knows its own context

@@ -75,7 +75,8 @@ class OnPolicySteering:
 
     def _answers(self, params: Mapping[str, Any], questions: list[Trace], step: int, salt: int = 0) -> list[Trace]:
         """`n` answers to each question by the student as it is; those to one question stand together."""
-        generator = Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh)
+        generator = Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh,
+                              token_bytes=self._tok.token_bytes)
         return sample_traces(generator, self._tok, questions, self.spec.sampling, n=self.spec.n,
                              seed=(self._seed * 1_000_003 + step) * 101 + salt,
                              teacher=f"the student at update {step}")

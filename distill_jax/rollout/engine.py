@@ -1,6 +1,7 @@
-"""Traces from a server that speaks the OpenAI chat protocol (vLLM, SGLang, llama.cpp, hosted ones).
+"""A server that speaks the OpenAI protocol (vLLM, SGLang, llama.cpp, hosted ones), and traces from its chats.
 
-The text of a reply is all that is kept: ids of another program's tokenizer mean nothing here.
+Of a chat the text is all that is kept: ids of another program's tokenizer mean nothing here. Where prompts are ids and
+ids come back, see `completions`.
 """
 
 import http.client
@@ -12,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from distill_jax.data.conversation import to_messages, turns
 from distill_jax.decode import Sampling
@@ -20,6 +21,9 @@ from distill_jax.rollout.generation import seed_of
 from distill_jax.traces.formats.base import Sample, Style, written_segments
 from distill_jax.traces.formats.text import Reject
 from distill_jax.traces.trace import Provenance, Trace
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 
 class Refused(Exception):
@@ -34,6 +38,7 @@ class Engine:
     parallel  requests at a time
     timeout   seconds one request may take
     retries   after a refused or broken connection, a time-out, 429 or 5xx, with pauses that double from `pause` seconds
+    report    is told of every attempt that failed, from any thread
     """
 
     url: str
@@ -43,6 +48,7 @@ class Engine:
     timeout: float = 1800.0
     retries: int = 6
     pause: float = 1.0
+    report: Callable[[str], None] | None = None
 
     @classmethod
     def connect(cls, url: str, model: str = "", **kwargs: Any) -> "Engine":
@@ -77,6 +83,8 @@ class Engine:
                 problem = said
             except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: a reply that is no JSON
                 problem = f"{type(e).__name__}: {e}"
+            if self.report:
+                self.report(f"{self.url}/{path}: {problem}")
             if attempt < self.retries:
                 time.sleep(self.pause * 2**attempt)
         raise OSError(f"{self.url}/{path}: {self.retries + 1} attempts failed, the last with {problem}")
@@ -87,9 +95,16 @@ def engine_traces(engine: Engine, questions: Sequence[Trace], sampling: Sampling
     """`n` traces for every question, in order, as `rollout.generation.generate_traces` gives them; Reject where the
     server refused a question or wrote nothing. Raises OSError when the server is gone."""
     asked = [(q, s) for q in questions for s in range(n)]
-    out: list[Trace | Reject] = []
+    return side_by_side(engine, lambda x: _ask(engine, x[0], sampling, seed_of(seed, x[0].group, x[1]), x[1]), asked,
+                        progress)
+
+
+def side_by_side(engine: Engine, ask: Callable[[Item], Answer], items: Sequence[Item],
+                 progress: Callable[[int], None] | None = None) -> list[Answer]:
+    """`ask` of every item, in order, as many at a time as the engine takes. What one raises ends the others."""
+    out: list[Answer] = []
     with ThreadPoolExecutor(engine.parallel) as threads:
-        futures = [threads.submit(_ask, engine, q, sampling, seed_of(seed, q.group, s), s) for q, s in asked]
+        futures = [threads.submit(ask, item) for item in items]
         try:
             for future in futures:
                 out.append(future.result())

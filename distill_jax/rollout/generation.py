@@ -11,7 +11,7 @@ import numpy as np
 from distill_jax.core.roles import ANSWER, THINK
 from distill_jax.data.render import prompt_ids, split_completion
 from distill_jax.data.tokenizer import Tokenizer
-from distill_jax.decode import Completion, Generator, Sampling
+from distill_jax.decode import Completer, Completion, Generator, Request, Sampling
 from distill_jax.traces.trace import (
     FLAG_EMPTY_ANSWER,
     FLAG_TRUNCATED,
@@ -35,19 +35,21 @@ def generate_traces(model: Any, params: Any, tok: Tokenizer, questions: Sequence
     seed       with question and sample number it decides the randomness of a trace, whatever else is asked
     Nothing is verified. Raises ValueError for a prompt that does not fit the context.
     """
-    generator = Generator(with_real_ids(model, tok), params, batch_size=batch_size, mesh=mesh)
+    generator = Generator(with_real_ids(model, tok), params, batch_size=batch_size, mesh=mesh,
+                          token_bytes=tok.token_bytes)
     return sample_traces(generator, tok, questions, sampling, n=n, seed=seed, teacher=teacher, progress=progress)
 
 
-def sample_traces(generator: Generator, tok: Tokenizer, questions: Sequence[Trace], sampling: Sampling, *,
+def sample_traces(engine: Completer, tok: Tokenizer, questions: Sequence[Trace], sampling: Sampling, *,
                   n: int = 1, seed: int = 0, teacher: str = "", progress: Callable[[int], None] | None = None
                   ) -> list[Trace]:
-    """`generate_traces` with a generator at hand."""
+    """`generate_traces` of an engine at hand: a `Generator`, or a server (`rollout.completions`)."""
     sampling = with_stops(sampling, tok)
     prompts = [prompt_ids(q, tok) for q in questions]
     asked = [(q, s) for q in range(len(questions)) for s in range(n)]
     seeds = [seed_of(seed, questions[q].group, s) for q, s in asked]
-    done = generator.generate([prompts[q] for q, _ in asked], sampling, seeds, progress=progress)
+    requests = [Request(prompt=prompts[q], seed=number) for (q, _), number in zip(asked, seeds)]
+    done = engine.complete(requests, sampling, progress=progress)
     rules = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
              "min_p": sampling.min_p, "max_new_tokens": sampling.max_new_tokens}
     return [completed(questions[q], prompts[q], c, tok, Provenance(
@@ -102,10 +104,12 @@ def completed(question: Trace, prompt: np.ndarray, completion: Completion, tok: 
     segments = [Segment(role=THINK, text=thinking, turn=turn)] if thinking else []
     if answer or not segments:
         segments.append(Segment(role=ANSWER, text=answer, turn=turn))
-    mean = float(completion.logprobs.sum(dtype=np.float64)) / max(1, len(completion.ids))
+    known = completion.logprobs[np.isfinite(completion.logprobs)]
+    scores = {"mean_logprob": float(known.mean(dtype=np.float64))} if len(known) else {}
+    injected = np.concatenate([np.zeros(len(prompt), bool), completion.injected])
     logprobs = np.concatenate([np.zeros(len(prompt), np.float32), completion.behaviour])
     encoded = Encoded(tokenizer=tok.hash, ids=np.concatenate([prompt, completion.ids]).astype(np.int32),
-                      prompt_length=len(prompt), logprobs=logprobs)
+                      prompt_length=len(prompt), logprobs=logprobs, injected=injected if injected.any() else None)
     return Trace(segments=(*question.segments, *segments), gold=question.gold, group=question.group,
                  meta=question.meta, flags=tuple(flags), encoded=encoded, provenance=provenance,
-                 scores={"mean_logprob": mean})
+                 scores=scores)

@@ -27,3 +27,16 @@ def test_small_loss(tmp_path):
     results = json.loads(out.read_text())["results"]
     assert all(r["difference"] < 1e-4 for r in results.values())
     assert results["lifted"]["temp_gb"] < 0.5 * results["naive"]["temp_gb"]
+
+
+def test_small_rollout(tmp_path):
+    """The engine writes the same tokens with and without its savings, and computes each prompt of a group once."""
+    out = tmp_path / "rollout.json"
+    command = [sys.executable, "-m", "benchmarks.rollout", "--small", "--no-torch", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={
+        **os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"})
+    result = json.loads(out.read_text())["result"]
+    usage = result["usage"]
+    assert usage["ours"]["prompts"] == 4 and usage["without_both"]["prompts"] == 16
+    assert usage["ours"]["passes"] < usage["without_both"]["passes"]
+    assert result["log_prob_gap"]["float32"]["largest"] < 1e-4 < result["log_prob_gap"]["bfloat16"]["largest"]

@@ -40,7 +40,7 @@ def forward(model, params, tokens):
     (PLAIN, Sampling(temperature=0.9, max_new_tokens=9)), (EVERYTHING, Sampling(max_new_tokens=9)),
 ], ids=["plain-sampled", "everything-greedy"])
 def test_agrees_with_the_full_forward(config, sampling, monkeypatch):
-    monkeypatch.setattr(loop, "FIRST_STAGE", 3)  # two stages: the cache grows
+    monkeypatch.setattr(generator, "PASSES", 3)  # several calls: the cache grows
     model, params = make(config)
     asked = prompts([5, 11, 1])
     for prompt, got in zip(asked, Generator(model, params, batch_size=4).generate(asked, sampling, [7, 8, 9])):
@@ -54,11 +54,6 @@ def test_agrees_with_the_full_forward(config, sampling, monkeypatch):
             tempered = jax.nn.log_softmax(jnp.asarray(table) / 0.9, -1)
             want = np.asarray(tempered)[np.arange(len(prompt) - 1, len(row) - 1), got.ids]
             np.testing.assert_allclose(got.behaviour, want, atol=LOGPROB_TOLERANCE)
-
-
-def test_stages():
-    assert loop.stages(30) == [30] and loop.stages(256) == [256]
-    assert loop.stages(2000) == [256, 1024, 2000]
 
 
 def test_stop_ids_end_a_row_and_only_that_row():
@@ -78,11 +73,9 @@ def test_stop_ids_end_a_row_and_only_that_row():
 def test_ends_early_when_all_rows_have_stopped():
     model, params = make(PLAIN)
     every = Sampling(max_new_tokens=50, stop_ids=tuple(range(61)))
-    out = Generator(model, params, batch_size=2).generate(prompts([3, 4]), every, [0, 0])
-    assert [len(c.ids) for c in out] == [1, 1]
-    state = jax.make_jaxpr(loop.decode, static_argnums=(0, 5))(
-        model, params, jnp.zeros((2, 8), jnp.int32), jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.uint32), every)
-    assert "while" in str(state)
+    gen = Generator(model, params, batch_size=2)
+    assert [len(c.ids) for c in gen.generate(prompts([3, 4]), every, [0, 0])] == [1, 1]
+    assert gen.usage.passes == 0 and gen.usage.tokens == 2
 
 
 def test_order_seeds_and_neighbours():
@@ -104,19 +97,23 @@ def test_order_seeds_and_neighbours():
     assert twice[0].ids.tolist() != twice[1].ids.tolist() == twice[2].ids.tolist()
 
 
-def test_one_compile_per_bucket():
+def test_few_compiles():
+    """One a bucket and a capacity; other prompts, seeds, limits and numbers of requests compile nothing."""
     model, params = make(PLAIN, seed=5)
-    compiled = generator._compiled(None)
-    before = compiled._cache_size()
-    sampling = Sampling(temperature=0.7, max_new_tokens=3)
-    for round_ in range(2):
-        Generator(model, params, batch_size=4, buckets=(8, 16)).generate(prompts([3, 9, 7, 12, 4, 8, 2, 6], round_),
-                                                                         sampling, range(8))
-    assert compiled._cache_size() - before == 2
+    programs = loop.programs(None)
+    count = lambda: {name: getattr(programs, name)._cache_size() for name in ("prefill", "insert", "advance")}
+    sampling = Sampling(temperature=0.7, max_new_tokens=70, stop_ids=(5, 6))
+    ask = lambda n, seed, **kwargs: Generator(model, params, batch_size=4, buckets=(8, 16)).generate(
+        prompts(np.random.default_rng(seed).permutation([3, 9, 7, 12, 4, 8, 2, 6] * 2)[:n], seed), sampling, range(n),
+        **kwargs)
+    ask(16, 0)
+    before = count()
+    for seed in range(1, 4):
+        ask(16 - seed, seed)
+    assert count() == before
     seen = []
-    Generator(model, params, batch_size=4, buckets=(8, 16)).generate(
-        prompts([3, 9, 7, 12, 4, 8, 2, 6]), sampling, range(8), progress=seen.append)
-    assert seen == [4, 8] and compiled._cache_size() - before == 2
+    ask(8, 0, progress=seen.append)
+    assert seen[-1] == 8 and seen == sorted(set(seen))
 
 
 def test_default_buckets():

@@ -12,16 +12,21 @@ Reply = Callable[[dict[str, Any]], tuple[int, Any]]
 
 @contextlib.contextmanager
 def serving(reply: Reply, model: str = "stub") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(URL as far as /v1, bodies received); `reply(body)` gives status and JSON value (bytes: sent as they are)."""
+    """(URL as far as /v1, bodies received); `reply(body)` gives status and JSON value (bytes: sent as they are).
+
+    Status 0 drops the connection: before any answer where the value is None, in the middle of it otherwise.
+    """
     seen: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def send(self, status: int, value: Any) -> None:
             data = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            if status or value is not None:
+                self.send_response(status or 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data if status else data[:len(data) // 2])
+            self.close_connection = True
 
         def do_GET(self) -> None:
             if self.path == "/v1/models":

@@ -68,13 +68,13 @@ def test_killed_and_started_again(tok, tmp_path, monkeypatch):
     """Killed while sampling, and once while writing: the same store, and no unit is sampled twice."""
     asked = questions()
     whole = generate_store(str(tmp_path / "whole"), asked, teacher(tok), tok, ALL)
-    real, calls, appended = generation.Generator.generate, [], []
+    real, calls, appended = generation.Generator.complete, [], []
 
-    def counting(self, prompts, *args, **kwargs):
-        calls.append(len(prompts))
+    def counting(self, requests, *args, **kwargs):
+        calls.append(len(requests))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, prompts, *args, **kwargs)
+        return real(self, requests, *args, **kwargs)
 
     append = job.Output.append
 
@@ -84,7 +84,7 @@ def test_killed_and_started_again(tok, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         append(self, row, state)
 
-    monkeypatch.setattr(generation.Generator, "generate", counting)
+    monkeypatch.setattr(generation.Generator, "complete", counting)
     monkeypatch.setattr(job.Output, "append", dying)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
