@@ -227,7 +227,8 @@ class _Loop:
                 state = dataclasses.replace(state, controllers={**state.controllers, STEERED: placed})
                 numbers = self.steering.numbers(steered)
                 self.reporter.write(done, numbers)
-                self.reporter.say(f"update {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+                if self.steering.every >= self.run.log_every or done % self.run.log_every == 0:
+                    self.reporter.say(f"update {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
                 self.window.pause(time.perf_counter() - began)
             self.source = self.steering.source(steered)
         return state, Feed(self.source, self.config.mesh, done, self.serve)

@@ -119,7 +119,7 @@ def test_every_answer_is_trained_on_once_as_it_was_sampled(world, tmp_path, monk
                     assert np.array_equal(np.isin(main.roles[b][at], [int(x) for x in SUPERVISED]), written)
         assert not wanted, "some answers were never read"
     if every == 1:  # strictly on-policy: the trainer's log-probs are the sampler's
-        assert max(abs(x - 1) for x in metrics(r.folder, "ratio")) < 1e-3
+        assert max(abs(x - 1) for x in metrics(r.folder, "mean_ratio")) < 1e-3
         assert max(metrics(r.folder, "clip_fraction")) == 0 and max(metrics(r.folder, "logprob_gap")) < 1e-3
 
 
