@@ -24,7 +24,8 @@ PASSES = 127
 PASSES_WITH_STRINGS = 15
 """The same where the host looks for stop strings: what is written behind one is thrown away."""
 REFILL_COST = 6.0
-"""What a refill costs more than the passes it saves, see `refill_at`; measured (`benchmarks.rollout`)."""
+"""Four times the passes that a refill costs, see `refill_at`. A guess: 1.5 passes; `benchmarks.rollout` is the place to
+measure it."""
 SHRINK = 4
 """When nothing waits, and answers may be long (`SHRINK_FROM`), the slots become this many times fewer as soon as the
 answers that are still written fit: a step costs what its slots cost."""
@@ -67,8 +68,8 @@ def refill_at(slots: int, limit: int) -> int:
     """Free slots that are worth a refill, of `slots` with answers of at most `limit` tokens: a power-of-two part.
 
     Waiting for q of B slots leaves q/2 idle; a refill costs about c passes, every q answers of mean length m. Their sum
-    is least at q/B = sqrt(2c/m); answers are taken to be half as long as allowed. Short answers wait for all slots:
-    then a batch of prompts is computed at once.
+    is least at q/B = sqrt(2c/m); answers are taken to be half as long as allowed (so `REFILL_COST` is 4c). Short
+    answers wait for all slots: then a batch of prompts is computed at once.
     """
     share = math.sqrt(REFILL_COST / limit)
     return max(1, slots >> max(0, round(-math.log2(share))))
@@ -257,7 +258,7 @@ class _Work:
         that will be asked for is less. held: some slots were writing already."""
         now, whole = self.table.room(passes)
         capacity = min(power_of_two(now), bucket(whole))
-        if not held and lots and is_all(*lots[0]):
+        if not held and len(lots) == 1 and is_all(*lots[0]):
             self.slots = self.programs.resize(lots[0][0], capacity)
             return
         if self.slots is None:
