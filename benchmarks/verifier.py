@@ -1,7 +1,8 @@
 """The answer checker against recorded judgements of real completions, and against strings made to break it.
 
-    python -m benchmarks.verifier --data DIR                    # all of it, about four minutes on two cores
-    python -m benchmarks.verifier --data DIR --fuzz 0           # the recorded judgements alone, under a minute
+    python -m benchmarks.verifier --data DIR                    # all of it; half an hour and more of one core
+    python -m benchmarks.verifier --data DIR --fuzz 0           # the recorded judgements alone, a minute
+    python -m benchmarks.verifier --data DIR --first 5000       # go on with string 5,000 of the 10,000
 
 DIR is the folder of the public data. Written to `benchmarks/results/verifier.json` (or --out); what is printed are the
 shares of agreement, every disagreement, and what the fuzzing met. The disagreements are judged, one by one, in
@@ -201,12 +202,23 @@ def _long(draw: random.Random) -> str:
     return draw.choice((_nested, _broken, _noise))(draw) * draw.choice((50, 500, 5000))
 
 
-def fuzz(seed: int, count: int, checker: Checker) -> dict[str, Any]:
-    """Check `count` strings: exceptions (there should be none), time-outs, crashes, and how long the slowest took."""
+def fuzz(seed: int, count: int, checker: Checker, first: int = 0) -> Iterator[dict[str, Any]]:
+    """Check the strings from `first` to `count`: exceptions (there should be none), time-outs, crashes, and how long
+    the slowest took. A report every 500 strings, the last one of all of them."""
     methods: Counter[str] = Counter()
     raised, slow, undecided, longest = [], [], [], 0.0
     start = time.monotonic()
+
+    def report(end: int) -> dict[str, Any]:
+        return {"strings": [first, end], "seed": seed, "seconds": round(time.monotonic() - start, 1),
+                "longest": round(longest, 2), "methods": dict(methods), "exceptions": raised, "over_time": slow,
+                "undecided": undecided}
+
     for i, (text, gold) in enumerate(strings(seed, count)):
+        if i < first:
+            continue
+        if i > first and i % 500 == 0:
+            yield report(i)
         began = time.monotonic()
         try:
             verdict: Verdict = checker.check(text, gold)
@@ -221,17 +233,14 @@ def fuzz(seed: int, count: int, checker: Checker) -> dict[str, Any]:
                               "seconds": round(seconds, 2)})
         if seconds > SLACK * TIMEOUT + 2:
             slow.append({"text": text[:300], "gold": gold[:300], "seconds": round(seconds, 2)})
-        if (i + 1) % 1000 == 0:
-            print(f"fuzz {i + 1}: {time.monotonic() - start:.0f} s, {len(raised)} exceptions, "
-                  f"{len(undecided)} undecided", flush=True)
-    return {"strings": count, "seed": seed, "seconds": round(time.monotonic() - start, 1), "longest": round(longest, 2),
-            "methods": dict(methods), "exceptions": raised, "over_time": slow, "undecided": undecided}
+    yield report(count)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data")
     parser.add_argument("--fuzz", type=int, default=10_000, help="strings made to break the checker")
+    parser.add_argument("--first", type=int, default=0, help="go on at this string")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes for algebra")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "verifier.json")
@@ -254,11 +263,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for d in report["vectors"]["differ"]:
             print("  ", json.dumps(d, ensure_ascii=False)[:400])
         if args.fuzz:
-            report["fuzz"] = fuzz(args.seed, args.fuzz, checker)
-            print("fuzz:", {k: v if not isinstance(v, list) else len(v) for k, v in report["fuzz"].items()})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1, ensure_ascii=True) + "\n")
+            for found in fuzz(args.seed, args.fuzz, checker, args.first):
+                report["fuzz"] = found
+                counts = {k: len(v) if k in ("exceptions", "over_time", "undecided") else v for k, v in found.items()}
+                print("fuzz:", counts, flush=True)
+                write(args.out, report)
+    write(args.out, report)
     return report
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=True) + "\n")
 
 
 if __name__ == "__main__":

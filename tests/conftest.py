@@ -10,9 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
+hypothesis.settings.register_profile("distill_jax", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("distill_jax")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

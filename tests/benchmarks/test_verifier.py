@@ -14,8 +14,8 @@ def test_strings_are_a_function_of_the_seed():
 
 def test_nothing_raises():
     with Checker(workers=1, timeout=1.0) as checker:
-        report = fuzz(7, 60, checker)
-    assert report["exceptions"] == [] and sum(report["methods"].values()) == 60
+        *_, report = fuzz(7, 60, checker, first=20)
+    assert report["strings"] == [20, 60] and report["exceptions"] == [] and sum(report["methods"].values()) == 40
 
 
 def test_metrics():
