@@ -25,13 +25,12 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule, until
 from distill_jax.losses.tokens.aggregate import sequence_mean, token_mean
-from distill_jax.losses.tokens.inputs import Tokens
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import OWN, Controller
 from distill_jax.objective.coupled import CoupledTerm, Given, Layer, check_coupled, coupled_values
 from distill_jax.objective.lift import CHUNK, lift_sum
 from distill_jax.objective.reduce import RoleSums, by_role, means
-from distill_jax.objective.tokens import TokenTerm, token_total
+from distill_jax.objective.tokens import TokenTerm, about, about_tokens, known_tokens, local_rows, token_values
 
 Array = Any
 Controllers = dict[str, Any]
@@ -180,32 +179,34 @@ class Objective:
         missing = [s for s, needed in self.states.items() if "final" in needed and s not in sources]
         if missing:
             raise ValueError(f"the objective needs hidden states of {missing}; given: {sorted(sources)}")
-        totals, metrics = [], {}
-        given = Given(sources, layers or {})
+        settings = {n: _settings(t, (dynamic or {}).get(n, {})) for n, t in self.terms.items()}
+        tokenwise = {n: t for n, t in self.terms.items() if isinstance(t, TokenTerm)}
+        known = known_tokens(tokenwise, sources, batch, weights.masks, mesh=mesh, chunk=chunk)
+        rows = local_rows(tokenwise)
+        values = token_values({n: t for n, t in tokenwise.items() if n not in rows}, known, settings, sources, batch,
+                              trainable=trainable, mesh=mesh, chunk=chunk)
         for name, term in self.terms.items():
             if isinstance(term, CoupledTerm):
-                moving = _moving(term, (dynamic or {}).get(name, {}))
-                values = coupled_values(term, given, batch, moving, trainable=trainable, mesh=mesh)
-                totals.append(jnp.sum(jax.lax.stop_gradient(weights.weights[name]) * values))
-                metrics[name] = by_role(jax.lax.stop_gradient(values), weights.masks[name],
-                                        batch.views[term.view].roles)
-        if tokenwise := {n: t for n, t in self.terms.items() if isinstance(t, TokenTerm)}:
-            moving = {n: _moving(t, (dynamic or {}).get(n, {})) for n, t in tokenwise.items()}
-            part, measured = token_total(tokenwise, sources, batch, weights.weights, weights.masks, moving,
-                                         trainable=trainable, mesh=mesh, chunk=chunk)
-            totals.append(part)
-            metrics |= measured
-        rowwise = {n: t for n, t in self.terms.items() if isinstance(t, Term)}
-        for view in sorted({t.view for t in rowwise.values()}):
-            terms = {n: _row_term(n, t, (dynamic or {}).get(n, {})) for n, t in rowwise.items() if t.view == view}
+                values[name] = coupled_values(term, Given(sources, layers or {}), batch, settings[name][1],
+                                              trainable=trainable, mesh=mesh)
+            elif isinstance(term, Term):
+                rows[name] = RowTerm(loss=term.loss, source=term.student, target=term.target)
+                if term.target == "fields":
+                    known[name] = about_tokens(batch.views[term.view], weights.masks[name])
+                    rows[name] = replace(rows[name], target=f"signals/{about(name)}")
+        stop = jax.lax.stop_gradient
+        totals = [jnp.sum(stop(weights.weights[n]).astype(v.dtype) * v) for n, v in values.items()]
+        metrics = {n: by_role(stop(v), weights.masks[n], batch.views[self.terms[n].view].roles)
+                   for n, v in values.items()}
+        for view in sorted({self.terms[n].view for n in rows}):
+            terms = {n: replace(r, kwargs=settings[n][0], dynamic=settings[n][1]) for n, r in rows.items()
+                     if self.terms[n].view == view}
             needed = {t.source for t in terms.values()} | {t.target for t in terms.values()}
             stream: Stream = batch.views[view]
-            about = {_about(n): Tokens(logprobs=None, entropies=None, mask=weights.masks[n] != 0, segment_ids=None,
-                               fields=stream.fields) for n in terms if rowwise[n].target == "fields"}
+            signals = (batch.signals if view == "main" else {}) | {about(n): known[n] for n in terms if n in known}
             part, measured = lift_sum(
                 {s: x for s, x in sources.items() if s in needed}, terms, weights.weights, tokens=stream.tokens,
-                signals=(batch.signals if view == "main" else {}) | about, roles=stream.roles, masks=weights.masks,
-                trainable=trainable, mesh=mesh, chunk=chunk)
+                signals=signals, roles=stream.roles, masks=weights.masks, trainable=trainable, mesh=mesh, chunk=chunk)
             totals.append(part)
             metrics |= measured
         return sum(totals[1:], start=totals[0]), metrics
@@ -250,22 +251,11 @@ def _moves(value: Any) -> bool:
     return isinstance(value, Controller | Schedule) and not inspect.isroutine(value)
 
 
-def _row_term(name: str, term: Term, dynamic: Mapping[str, Array]) -> RowTerm:
-    target = f"signals/{_about(name)}" if term.target == "fields" else term.target
-    static = {k: v for k, v in term.kwargs.items() if not _moves(v)}
-    return RowTerm(loss=term.loss, source=term.student, target=target, kwargs=static, dynamic=_moving(term, dynamic))
-
-
-def _about(term: str) -> str:
-    """Name under which what the fields say goes to the lift; no signal can have it."""
-    return f"fields/{term}"
-
-
-def _moving(term: AnyTerm, dynamic: Mapping[str, Array]) -> Mapping[str, Array]:
-    """`dynamic`, checked to have a value for every keyword argument that is a schedule or controller."""
+def _settings(term: AnyTerm, dynamic: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """(constant, moving) keyword arguments of the loss. Raises ValueError where `dynamic` lacks one that moves."""
     if lacking := sorted(k for k, v in term.kwargs.items() if _moves(v) and k not in dynamic):
         raise ValueError(f"no value for {lacking} of {term.loss.__name__}; pass Objective.dynamic(step, controllers)")
-    return dynamic
+    return {k: v for k, v in term.kwargs.items() if not _moves(v)}, dict(dynamic)
 
 
 def _signal(target: str) -> str:

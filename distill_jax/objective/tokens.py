@@ -5,10 +5,10 @@ them with; everything else as a `Term` does. A term's share of the total is sum_
 from the whole global batch, and a value depends on tokens of its own row at most, so the gradient does not depend on
 micro-batches, packing (as long as a pair is in one row) or devices.
 
-Two ways to the gradient. Where every loss on a source's log-probs is `local`, the losses are row losses for
-`lift.lift_sum`: the gradient is made beside the values. Otherwise log-probs and entropies are lifted once for all terms
-of the source (`lift.lift_tokens`), the losses run on [B,T], and the backward computes the logits again, which costs
-a fourth product of the head's size. References are values only.
+Two ways to the gradient. Where every token loss on a source is `local`, they are row losses like others: `lift_sum`
+makes gradients beside values, from the logits that row terms on this source share. Otherwise log-probs and entropies
+are lifted once for all token terms of the source (`lift_tokens`), the losses run on [B,T], and the backward computes
+the logits again: a fourth product of the head's size. References are values only.
 
 Shapes: B rows, T tokens.
 """
@@ -33,8 +33,7 @@ from distill_jax.losses.tokens.ratios import BEHAVIOUR, Level
 from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import Controller
 from distill_jax.objective.coupled import Layer
-from distill_jax.objective.lift import lift_sum, lift_tokens
-from distill_jax.objective.reduce import RoleSums, by_role
+from distill_jax.objective.lift import lift_tokens
 
 Array = Any
 
@@ -96,51 +95,62 @@ class TokenTerm:
         return dict.fromkeys((self.student, *([self.reference] if self.reference else [])), ("final",))
 
 
-def token_total(terms: Mapping[str, TokenTerm], sources: Mapping[str, tuple[Array, Head]], batch: Batch,
-                weights: Mapping[str, Array], masks: Mapping[str, Array], dynamic: Mapping[str, Mapping[str, Array]], *,
-                trainable: tuple[str, ...] | None = None, mesh: Mesh | None = None, chunk: int,
-                ) -> tuple[Array, dict[str, RoleSums]]:
-    """(sum over terms and tokens of weight * value, {term: RoleSums}) of these rows.
-
-    weights, masks  {term: f32 [B,T]}, as `Objective.weights` makes them of the global batch
-    dynamic         {term: values of its scheduled and controlled kwargs}
-    trainable       as in `lift_sum`; a target never gets a gradient
-    """
-    stop = jax.lax.stop_gradient
-
-    def lifted(source: str, readers: list[str], moving: bool) -> tuple[Array, Array]:
-        """Log-probs and entropies at the tokens of any of the terms `readers`."""
-        hidden, head = sources[source] if moving else stop(sources[source])
-        asked = jnp.any(jnp.stack([masks[n] != 0 for n in readers]), axis=0)
-        return lift_tokens(hidden, head, batch.views[source.split("/")[1]].tokens, mask=asked, mesh=mesh, chunk=chunk)
-
-    references = {source: stop(lifted(source, readers, False)[0])
-                  for source, readers in _readers(terms, lambda t: t.reference).items()}
-    totals, metrics = [], {}
-    for source, readers in _readers(terms, lambda t: t.student).items():
-        stream = batch.views[source.split("/")[1]]
-        about = {n: Tokens(logprobs=None, entropies=None, mask=masks[n] != 0, segment_ids=None, fields=stream.fields,
-                           reference=_reference(n, terms[n], references, batch)) for n in readers}
-        moving = {n: dynamic.get(n, {}) for n in readers}
-        fixed = {n: {k: v for k, v in terms[n].kwargs.items() if k not in moving[n]} for n in readers}
-        if all(is_local(terms[n].loss, terms[n].kwargs) for n in readers):
-            rows = {n: RowTerm(loss=_OnLogits(terms[n].loss), source=source, target=f"signals/{n}", kwargs=fixed[n],
-                               dynamic=moving[n]) for n in readers}
-            total, measured = lift_sum({source: sources[source]}, rows, weights, tokens=stream.tokens, signals=about,
-                                       roles=stream.roles, masks=masks, trainable=trainable, mesh=mesh, chunk=chunk)
-            totals.append(total)
-            metrics |= measured
-            continue
-        logprobs, entropies = lifted(source, readers, trainable is None or source in trainable)
-        for n in readers:
-            tokens = replace(about[n], logprobs=logprobs, entropies=entropies, segment_ids=stream.segment_ids)
-            values = terms[n].loss(tokens, **fixed[n], **moving[n])
-            totals.append(jnp.sum(stop(weights[n]).astype(values.dtype) * values))
-            metrics[n] = by_role(stop(values), masks[n], stream.roles)
-    return sum(totals[1:], start=totals[0]), metrics
+def about(term: str) -> str:
+    """Name under which what is known of a term's tokens goes to the lift, beside the signals; none can have it."""
+    return f"about/{term}"
 
 
-def _readers(terms: Mapping[str, TokenTerm], of: Callable[[TokenTerm], str]) -> dict[str, list[str]]:
+def known_tokens(terms: Mapping[str, TokenTerm], sources: Mapping[str, tuple[Array, Head]], batch: Batch,
+                 masks: Mapping[str, Array], *, mesh: Mesh | None = None, chunk: int) -> dict[str, Tokens]:
+    """{term: what its loss is given}, but for log-probs and entropies. References are lifted here, values only."""
+    logprobs = {s: lift_source(s, names, sources, batch, masks, trainable=(), mesh=mesh, chunk=chunk)[0]
+                for s, names in _by(terms, lambda t: t.reference).items()}
+    return {name: replace(about_tokens(batch.views[term.view], masks[name]),
+                          reference=_reference(name, term, logprobs, batch)) for name, term in terms.items()}
+
+
+def about_tokens(stream: Stream, mask: Array) -> Tokens:
+    """What a stream says of its tokens, without log-probs and segments."""
+    return Tokens(logprobs=None, entropies=None, mask=mask != 0, segment_ids=None, fields=stream.fields)
+
+
+def local_rows(terms: Mapping[str, TokenTerm]) -> dict[str, RowTerm]:
+    """The terms that can be row terms, because all terms on their source are local: {term: RowTerm}, without kwargs."""
+    return {name: RowTerm(loss=_OnLogits(terms[name].loss), source=source, target=f"signals/{about(name)}")
+            for source, names in _by(terms, lambda t: t.student).items()
+            if all(is_local(terms[n].loss, terms[n].kwargs) for n in names) for name in names}
+
+
+def token_values(terms: Mapping[str, TokenTerm], known: Mapping[str, Tokens],
+                 settings: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Array]]],
+                 sources: Mapping[str, tuple[Array, Head]], batch: Batch, *, trainable: tuple[str, ...] | None = None,
+                 mesh: Mesh | None = None, chunk: int) -> dict[str, Array]:
+    """{term: its loss at every token, f32 [B,T]}, differentiable; `settings` {term: (constant, moving) kwargs}."""
+    out: dict[str, Array] = {}
+    masks = {name: tokens.mask for name, tokens in known.items()}
+    for source, names in _by(terms, lambda t: t.student).items():
+        logprobs, entropies = lift_source(source, names, sources, batch, masks, trainable=trainable, mesh=mesh,
+                                          chunk=chunk)
+        for name in names:
+            tokens = replace(known[name], logprobs=logprobs, entropies=entropies,
+                             segment_ids=batch.views[terms[name].view].segment_ids)
+            constant, moving = settings[name]
+            out[name] = terms[name].loss(tokens, **constant, **moving)
+    return out
+
+
+def lift_source(source: str, readers: list[str], sources: Mapping[str, tuple[Array, Head]], batch: Batch,
+                masks: Mapping[str, Array], *, trainable: tuple[str, ...] | None, mesh: Mesh | None, chunk: int,
+                ) -> tuple[Array, Array]:
+    """(log-probs, entropies) [B,T] of a source at the tokens of any of the terms `readers`."""
+    hidden, head = sources[source]
+    if not (trainable is None or source in trainable):
+        hidden, head = jax.lax.stop_gradient((hidden, head))
+    asked = jnp.any(jnp.stack([jnp.asarray(masks[name], bool) for name in readers]), axis=0)
+    return lift_tokens(hidden, head, batch.views[source.split("/")[1]].tokens, mask=asked, mesh=mesh, chunk=chunk)
+
+
+def _by(terms: Mapping[str, TokenTerm], of: Callable[[TokenTerm], str]) -> dict[str, list[str]]:
     """{source: names of the terms that read it}."""
     out: dict[str, list[str]] = {}
     for name, term in terms.items():
@@ -161,9 +171,9 @@ class _OnLogits:
         return self.loss(tokens, **kwargs)
 
 
-def _reference(name: str, term: TokenTerm, lifted: Mapping[str, Array], batch: Batch) -> Array | None:
+def _reference(name: str, term: TokenTerm, logprobs: Mapping[str, Array], batch: Batch) -> Array | None:
     if term.reference:
-        return lifted[term.reference]
+        return logprobs[term.reference]
     if term.target == "tokens":
         return None
     signal = batch.signals[term.target.removeprefix("signals/")]

@@ -202,6 +202,7 @@ def test_local_losses_have_their_gradient_made_in_the_forward():
         return head_products(jax.grad(fn, argnums=(0, 1)), student, heads[0])
 
     assert products({"ppo": LOCAL["ppo"], "entropy": LOCAL["entropy"]}) == 3
+    assert products({"ppo": LOCAL["ppo"], "sft": Term(cross_entropy, where="chosen")}) == 3, "they share the logits"
     assert products({"gspo": POLICY["gspo"], "entropy": LOCAL["entropy"]}) == 4
 
 
