@@ -70,8 +70,8 @@ def test_both_views_hold_the_same_rows(path, tiny, coarse, seq_len):
     alone = open_source(Store(path=path, rows=4, seq_len=96, signals=("topk",)), tiny, seed=0)
     longer = source.parts[0].others["theirs"].lengths.sum() / alone.parts[0].rowset.lengths.sum()
     assert longer > 1.2  # the view is what decides what fits where it is no longer than `main`
-    if seq_len == 96:
-        assert source.parts[0].plan.sequences > alone.parts[0].plan.sequences
+    dropped = source.describe()[0]["dropped_over_long"]
+    assert dropped > 20 if seq_len == 96 else source.parts[0].plan.sequences >= alone.parts[0].plan.sequences - dropped
     about = source.describe()[0]
     assert about["tokens_per_epoch"] < about["tokens_per_epoch/theirs"]
     rows = [b for p in range(2) for b in [next(iter(serve(source, 3, p, 2, stop_step=4)))]]
@@ -134,8 +134,8 @@ def test_two_real_tokenizers_read_the_same_text(load, tmp_path):
             [int(batch.main.row_ids[0][batch.main.segment_ids[0] == segment][0])])))
         for stream, tok in ((batch.main, ours), (batch.views["theirs"], theirs)):
             mine = stream.segment_ids[0] == segment
-            text = {r: tok.decode(stream.tokens[0][mine & (stream.roles[0] == r)]) for r in (QUESTION, THINK, ANSWER)}
-            for s in trace.segments:
-                assert s.text.strip() in text[s.role], (tok.name, s.role)
+            assert {QUESTION, THINK, ANSWER} <= set(stream.roles[0][mine].tolist())
+            text = tok.decode(stream.tokens[0][mine])  # a token may reach from the template into the question
+            assert all(s.text.strip() in text for s in trace.segments), (tok.name, text)
         documents += 1
     assert documents == 2
