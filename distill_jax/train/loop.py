@@ -227,7 +227,7 @@ class _Loop:
                 state = dataclasses.replace(state, controllers={**state.controllers, STEERED: placed})
                 numbers = self.steering.numbers(steered)
                 self.reporter.write(done, numbers)
-                if self.steering.every >= self.run.log_every or done % self.run.log_every == 0:
+                if self.steering.every > 1 or done % self.run.log_every == 0:
                     self.reporter.say(f"update {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
                 self.window.pause(time.perf_counter() - began)
             self.source = self.steering.source(steered)

@@ -35,7 +35,7 @@ def batch(signals):
 def test_terms_trace_on_their_signals(name):
     [stage] = load_recipe(FOLDER / f"{name}.py").stages
     assert isinstance(stage, Stage)
-    objective = build_objective(stage.terms)
+    objective = build_objective(stage.terms, stage.steps)
     assert objective.sources == ("student/main",) and set(objective.signals) == set(stage.source.signals)
 
     def loss(hidden, kernel, rows):
@@ -55,7 +55,7 @@ def test_contrastive_terms_are_taken_on_their_own_rows():
     """DistiLLM-2: a row carries the signal of its store alone, and that decides which term sees it."""
     [stage] = load_recipe(FOLDER / "distillm2.py").stages
     assert isinstance(stage, Stage)
-    objective = build_objective(stage.terms)
+    objective = build_objective(stage.terms, stage.steps)
     rows = batch(objective.signals)
     first = jnp.arange(B)[:, None] == jnp.zeros((1, T), jnp.int32)
     rows.signals["teacher64"] = replace(rows.signals["teacher64"], mask=first)
