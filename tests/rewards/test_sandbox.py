@@ -142,8 +142,9 @@ attempt(lambda: os.chmod(os.__file__, 0o777))
 attempt(lambda: os.mknod("device", 0o660 | 0o060000, os.makedev(8, 0)))
 """)
     nothing_got(outcome)
-    assert box.run("import os, tempfile; open('mine', 'w').write('x')\n"
-                   "open(tempfile.gettempdir() + '/too', 'w').write('y'); print(sorted(os.listdir('/scratch')))").stdout == "['main.py', 'mine', 'too']\n"
+    written = box.run("import os, tempfile; open('mine', 'w').write('x')\n"
+                      "open(tempfile.gettempdir() + '/too', 'w').write('y'); print(sorted(os.listdir('/scratch')))")
+    assert written.stdout == "['main.py', 'mine', 'too']\n"
     assert box.run("import os; print(os.listdir('/scratch'))").stdout == "['main.py']\n"  # gone with the program
     full = box.run("f = open('big', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20)); f.flush()")
     assert full.status in ("error", "killed")
