@@ -69,6 +69,9 @@ class ReinforceSteering(OnPolicySteering):
         if not self._round.pack and self.spec.prompts * self.spec.n > self._round.rows * self.every:
             raise ValueError(f"{self.spec.prompts} questions with {self.spec.n} answers each do not fit {self.every} "
                              f"updates of {self._round.rows} rows: raise source.rows, or on_policy.every")
+        if self.spec.prompts > len(self._questions):
+            raise ValueError(f"a round asks {self.spec.prompts} different questions, the source has "
+                             f"{len(self._questions)}: lower on_policy.prompts, and raise n for more answers")
         self._journal = Journal(folder / "verdicts.jsonl")
         self._judge, self._ends = judge_of(spec, self._journal)
         self._seconds = 0.0

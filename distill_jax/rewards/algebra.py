@@ -18,6 +18,7 @@ that is not a finite number, scores 0 there and is counted; it never stops a run
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -85,7 +86,7 @@ class Scores:
         return {"reward": float(self.values.mean()), **{f"reward/{k}": float(v.mean()) for k, v in self.parts.items()}}
 
 
-class Node:
+class Node(ABC):
     """A reward of any shape. `score` is pure; `init` and `update` handle the states of the stateful ones below."""
 
     def children(self) -> Mapping[str, "Node"]:
@@ -99,8 +100,9 @@ class Node:
     def update(self, samples: Sequence[Sample], state: State) -> State:
         return {name: self.children()[name].update(samples, s) for name, s in state.items()}
 
+    @abstractmethod
     def score(self, samples: Sequence[Sample], state: State) -> Scores:
-        raise NotImplementedError
+        """Numbers for the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

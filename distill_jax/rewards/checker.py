@@ -1,6 +1,5 @@
 """Many checks at once, from any thread, none of which can hang: algebra in processes under a hard time limit."""
 
-import contextlib
 import json
 import os
 import select
@@ -18,6 +17,7 @@ from typing import Any
 
 from distill_jax.rewards.answers import Kind
 from distill_jax.rewards.check import Pending, Verdict, decide
+from distill_jax.rewards.processes import end_process
 
 START = 120.0  # seconds a worker may take to import its libraries on a loaded machine
 WALL = 6.0  # times the CPU limit: the guard against a worker that sleeps instead of computing
@@ -76,13 +76,7 @@ class Worker:
         return json.loads(data)
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        end_process(self.process)
 
 
 @dataclass(frozen=True, kw_only=True)

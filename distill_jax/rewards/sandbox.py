@@ -10,7 +10,6 @@ Where the platform does not allow that, `Sandbox()` raises `SandboxUnavailable` 
 `Sandbox(unsafe=True)` runs programs as this user, with limits only.
 """
 
-import contextlib
 import json
 import os
 import platform
@@ -28,6 +27,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import LifoQueue
 from typing import Any, Literal
+
+from distill_jax.rewards.processes import end_process
 
 START = 60.0  # seconds a runner may take beyond the wall limit of its program, on a loaded machine
 
@@ -254,10 +255,4 @@ class _Runner:
         return json.loads(data)
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        end_process(self.process)
