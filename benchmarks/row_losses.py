@@ -5,7 +5,9 @@
 
 `topk` and `sampled` are measured against cross-entropy on tokens; `full` (a teacher beside the student, half as wide)
 against cross-entropy beside a teacher whose logits are made and looked at once. Losses that sort are a table of their
-own: on `full` they sort the vocabulary. Goals: 1.15x of the time and 1.1x of the temporaries.
+own: on `full` they sort the vocabulary. The base is measured before and after a table, and the faster counts. Goals:
+1.15x of the time, and 1.1x of the temporaries where a signal is read. Times are wall-clock; on a CPU they are the
+process's processor seconds, in which what else runs on the machine counts less.
 """
 
 import argparse
@@ -107,23 +109,25 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores; "
           f"V={args.vocab} D={args.width} tokens={args.tokens} k={args.k} {args.dtype} chunk={args.chunk}", flush=True)
     cost = lambda term: measure(partial(total, term=term, chunk=args.chunk), (*data.student, data), args.repeats)[0]
+    clock = "cpu_seconds" if jax.default_backend() == "cpu" else "seconds"
     records, baselines = [], {}
     for kind, target in TARGETS.items():
         chosen = {n: x for n, x in LOSSES.items() if kind in x[1] and n in (args.only or LOSSES)}
         if not chosen:
             continue
-        plain = kind == "full"
-        if plain not in baselines:
-            baselines[plain] = cost(RowTerm(loss=beside_a_teacher, target=target) if plain
-                                    else RowTerm(loss=cross_entropy))
-        base = baselines[plain]
-        print(f"\n{kind}: {'cross-entropy beside a teacher' if plain else 'cross-entropy on tokens'} takes "
-              f"{base['seconds']:.3f} s and {base['temp_gb']:.3f} GB of temporaries", flush=True)
-        for name, (term, _, sorts) in sorted(chosen.items(), key=lambda x: x[1][2]):
-            got = cost(RowTerm(loss=term.loss, target=target, kwargs=term.kwargs, dynamic=term.dynamic))
-            time, memory = got["seconds"] / base["seconds"], got["temp_gb"] / base["temp_gb"]
-            verdict = "sorts" if sorts else "ok" if time <= GOAL[0] and memory <= GOAL[1] else "over"
-            print(f"  {name:18s} {got['seconds']:8.3f} s  {time:5.2f}x time  {memory:5.2f}x temporaries  {verdict}",
+        plain = RowTerm(loss=beside_a_teacher, target=target) if kind == "full" else RowTerm(loss=cross_entropy)
+        before = cost(plain)
+        costs = {n: cost(RowTerm(loss=t.loss, target=target, kwargs=t.kwargs, dynamic=t.dynamic))
+                 for n, (t, _, _) in chosen.items()}
+        base = baselines[kind] = min(before, cost(plain), key=lambda x: x[clock])
+        print(f"\n{kind}: {'cross-entropy beside a teacher' if kind == 'full' else 'cross-entropy on tokens'} takes "
+              f"{base[clock]:.3f} s and {base['temp_gb']:.3f} GB of temporaries", flush=True)
+        for name, (_, _, sorts) in sorted(chosen.items(), key=lambda x: x[1][2]):
+            got = costs[name]
+            time, memory = got[clock] / base[clock], got["temp_gb"] / base["temp_gb"]
+            within = time <= GOAL[0] and (memory <= GOAL[1] or kind == "full")
+            verdict = "sorts" if sorts else "ok" if within else "over"
+            print(f"  {name:18s} {got[clock]:8.3f} s  {time:5.2f}x time  {memory:5.2f}x temporaries  {verdict}",
                   flush=True)
             records.append({"loss": name, "target": kind, "sorts": sorts, "time_ratio": time, "memory_ratio": memory,
                             **got})
@@ -131,6 +135,6 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
         with open(args.out, "w") as f:
             json.dump({"jax": jax.__version__, "device": jax.devices()[0].device_kind,
                        "config": {k: v for k, v in vars(args).items() if k not in ("out", "only", "target")},
-                       "baselines": {"tokens": baselines.get(False), "full": baselines.get(True)},
+                       "baselines": baselines,
                        "results": records}, f, indent=1)
     return records

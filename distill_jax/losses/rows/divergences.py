@@ -97,7 +97,14 @@ def _kl(log_a: Array, log_b: Array) -> Array:
 
 
 def _mixture(share: Any, log_a: Array, log_b: Array) -> Array:
-    """log(share a + (1 - share) b), share a number or a traced scalar in [0, 1)."""
+    """log(share a + (1 - share) b), share a number or a traced scalar in [0, 1).
+
+    Where it is a number above 0, the exponentials are those that the KL takes anyway; what underflows there has no
+    weight in either KL of the mixture. At share 0, where b alone stands below, no digit may be lost.
+    """
+    if isinstance(share, int | float) and share > 0:
+        mixed = share * jnp.exp(log_a) + (1.0 - share) * jnp.exp(log_b)
+        return jnp.log(jnp.maximum(mixed, jnp.finfo(mixed.dtype).tiny))
     share = jnp.asarray(share, log_a.dtype)
     return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
 
