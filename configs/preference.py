@@ -14,10 +14,11 @@ STUDENT = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 REFERENCE = "reference/main"
 ROWS, LENGTH = 32, 16384
 """Sequences of a batch, and their tokens: both sides of a pair are in one."""
+PAIRS = RightWrong(limit=4)
 
 
 def preference(loss: Mapping[str, TokenTerm], *, others: Mapping[str, AnyTerm] | None = None,
-               build: Builder = RightWrong(limit=4), metrics: Mapping[str, Any] | None = None, lr: float = 5e-7,
+               build: Builder = PAIRS, metrics: Mapping[str, Any] | None = None, lr: float = 5e-7,
                steps: int = 1000, name: str = "train", student: str = STUDENT, decay: float = 0.0) -> Stage:
     """One stage on the pairs of `answers/`, a trace store with several judged answers to a question.
 
