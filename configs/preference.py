@@ -24,14 +24,16 @@ def preference(loss: Mapping[str, TokenTerm], *, others: Mapping[str, AnyTerm] |
 
     others   further terms
     metrics  settings of `preference_metrics`, but for the target, which is that of `loss`
-    The start of the student stays on the mesh as provider "reference" where a term compares with it.
+    What `loss` compares with is its target: "reference/main", for which the start of the student stays on the mesh, or
+    "signals/<name>", what `distill-jax score answers/ --teacher START --signal token` wrote; or nothing.
     """
     target = next(iter(loss.values())).target
+    stored = (target.removeprefix("signals/"),) if target.startswith("signals/") else ()
     providers = {"student": Student(model=student, precision="bfloat16", remat="full")}
     if target == REFERENCE:
         providers["reference"] = Frozen(student, precision="bfloat16")
     return Stage(
-        name=name, source=Pairs(path="answers/", build=build, rows=ROWS, seq_len=LENGTH, holdout=0.02),
+        name=name, source=Pairs(path="answers/", build=build, rows=ROWS, seq_len=LENGTH, holdout=0.02, signals=stored),
         providers=providers,
         terms={**loss, **(others or {}), **preference_metrics(target=target, **(metrics or {}))},
         optim=AdamW(peak_lr=lr, warmup=50, weight_decay=decay), steps=steps, micro_batches=ROWS // 8,

@@ -6,8 +6,8 @@ Constants: beta 0.1 (their default). Long reasoning wants less: REDI's best DPO 
 Guesses: learning rate 5e-7, 32 sequences of 16k tokens, at most 4 pairs of a question, 1000 updates.
 Variants: `--set terms.dpo.kwargs.divergence=js` (or forward_kl, alpha with `kwargs.alpha`), `--set
 terms.dpo.kwargs.label_smoothing=0.1`, `--set terms.dpo.where=apart` (a common beginning counts in neither answer).
-Stored reference: `distill-jax score answers/ --teacher START --signal token`, then `--set source.signals=[token]` and
-`terms.dpo.target=signals/token`, the same for `preference_accuracy` and `reward_margin`: no second model on the mesh.
+Stored reference, no second model on the mesh: `distill-jax score answers/ --teacher START --signal token`, and a copy
+of this file with target="signals/token".
 Expected: ln 2 at the first update, then a growing `reward_margin` and `preference_accuracy`. Watch `chosen_logprob`:
 both sides' may fall, which is where answers without an end come from.
 Before it: `distill-jax generate questions/ --out answers/ --teacher START --n 8 --keep all`.
