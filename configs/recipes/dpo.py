@@ -21,5 +21,5 @@ from distill_jax.recipe import Recipe
 
 def recipe() -> Recipe:
     beta = 0.1
-    return Recipe(name="dpo", stages=(preference(
-        {"dpo": compares(dpo, target=REFERENCE, beta=beta)}, metrics={"beta": beta}),))
+    loss = compares(dpo, target=REFERENCE, beta=beta, divergence="reverse_kl", alpha=0.5, label_smoothing=0.0)
+    return Recipe(name="dpo", stages=(preference({"dpo": loss}, metrics={"beta": beta}),))

@@ -23,6 +23,6 @@ from distill_jax.traces.pairing import Singles
 def recipe() -> Recipe:
     beta = 0.1
     z0 = TokenTerm(sequence_log_ratio, target=REFERENCE, where="mismatched", per="sequence", weight=0.0)
+    loss = compares(kto, target=REFERENCE, beta=beta, z0=Watched(watch="z0"), desirable=1.0, undesirable=1.0)
     return Recipe(name="kto", stages=(preference(
-        {"kto": compares(kto, target=REFERENCE, beta=beta, z0=Watched(watch="z0"))}, others={"z0": z0},
-        build=Singles(limit=4), metrics={"beta": beta, "pairs": False}),))
+        {"kto": loss}, others={"z0": z0}, build=Singles(limit=4), metrics={"beta": beta, "pairs": False}),))
