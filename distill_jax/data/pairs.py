@@ -161,7 +161,7 @@ def units_of(spec: Pairs, rowset: RowSet, index: RowIndex, seed: int) -> Units:
         keep = np.random.default_rng([0, 5]).permutation(len(built.units))[:spec.max_rows]
         built = built._replace(units=built.units[np.sort(keep)])
     units = np.where(built.units == NOBODY, NOBODY, there[built.units])
-    other = _mismatched(spec.path, units, [index.groups[i] for i in rowset.origin], seed) if (
+    other = _mismatched(spec.path, units, [index.groups[i] for i in rowset.origin.tolist()], seed) if (
         spec.build.mismatched) else None
     return _laid(units, other, built)
 
@@ -177,7 +177,7 @@ def _mismatched(path: str, units: np.ndarray, groups: Sequence[str], seed: int) 
     rows = units.max(axis=1)
     number = {g: k for k, g in enumerate(dict.fromkeys(groups))}
     order = np.random.default_rng([seed, 6]).permutation(len(rows))
-    group = np.array([number[groups[i]] for i in rows])[order]
+    group = np.array([number[groups[i]] for i in rows.tolist()])[order]
     if len(set(group.tolist())) < 2:
         raise ValueError(f"{path}: answers to other questions need at least two questions with judged answers; "
                          "Singles(measure=False) goes without them")

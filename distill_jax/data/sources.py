@@ -115,7 +115,7 @@ class RowSource:
 
     spec: Store
     rowset: RowSet
-    others: dict[str, RowSet] = field(default_factory=dict)
+    others: Mapping[str, RowSet] = field(default_factory=dict)
     fields: dict[str, PerToken] = field(default_factory=dict)
     units: Units | None = None
     plan: Plan
@@ -140,7 +140,7 @@ class RowSource:
     @property
     def small(self) -> bool:
         outcomes = sum(max(1, r.header.k) for r in self.signals.values())
-        return self.plan.tokens * (16 * (1 + len(self.others)) + 8 * outcomes) <= SMALL_STORE
+        return self.plan.tokens * (16 * (1 + len(self.others)) + 4 * len(self.dtypes) + 8 * outcomes) <= SMALL_STORE
 
     def _read(self, numbers: np.ndarray, signals: bool) -> list[Placed]:
         rows = self.rowset.read(numbers)
