@@ -44,7 +44,10 @@ class Stream:
       advantages          constant over a sample unless a method says otherwise
       policy_mask         0 where policy losses are 0 but the token still counts; absent: nowhere
       chosen              1 in chosen (or desirable) sequences, 0 in rejected ones
+      rejected            1 in rejected (or undesirable) sequences, 0 elsewhere
       pair_ids            int32, number of the preference pair within its row from 1, 0 = none
+      apart               1 in both sequences of a pair from where what was written first differs
+      mismatched          1 in answers that stand behind another question (KTO's z0), which have no pair
       trace_ids, group_ids  int32 numbers of the global batch from 1, 0 = none: whose chunk, which question
     """
 

@@ -6,7 +6,7 @@ in another order; epochs follow each other without a gap, so `plan.at(position)`
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +35,18 @@ class Plan:
     def nothing(cls, seq_len: int) -> "Plan":
         """The plan over no rows."""
         return cls(rows=np.zeros(0, np.int64), offsets=np.zeros(1, np.int64), seq_len=seq_len, seed=0, tokens=0)
+
+    @property
+    def places(self) -> np.ndarray:
+        """int64 [M]: number of each of `rows` within its sequence, from 1."""
+        return np.arange(len(self.rows)) - np.repeat(self.offsets[:-1], np.diff(self.offsets)) + 1
+
+    def of_members(self, starts: np.ndarray) -> "Plan":
+        """The plan of the members where this one is of units: unit u is rows starts[u] to starts[u + 1] - 1."""
+        sizes = np.diff(starts)[self.rows]
+        ends = np.cumsum(sizes)
+        rows = np.repeat(starts[self.rows] - (ends - sizes), sizes) + np.arange(sizes.sum())
+        return replace(self, rows=rows, offsets=np.concatenate([[0], ends])[self.offsets], _orders={})
 
     @property
     def sequences(self) -> int:

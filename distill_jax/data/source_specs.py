@@ -1,4 +1,4 @@
-"""What a stage can name as its source: a store (`Store`), several at once (`Mix`) or in turn (`Phases`).
+"""What a stage can name as its source: a store (`Store`, `Pairs`), several at once (`Mix`) or in turn (`Phases`).
 
 Frozen specs without any reading; `data.sources.open_source` opens them.
 """
@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from distill_jax.data.pack import OverLong
 from distill_jax.data.render import Style
+from distill_jax.traces.pairing import Builder, RightWrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,31 @@ class Store:
             raise ValueError(f"holdout is a share of the questions in [0, 1), got {self.holdout}")
         if self.split == "heldout" and self.holdout == 0:
             raise ValueError("split='heldout' needs holdout > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Store):
+    """Preference pairs, or single judged answers, of a store that holds several answers to a question: what
+    `distill-jax generate --keep all` or a round of RL writes.
+
+    build      which answers are compared (`traces.pairing`)
+    max_rows   keep at most so many pairs
+    over_long  "cut": answers that their generator cut take part. Either way a pair is read whole or not at all: one
+               that is longer than seq_len, both sides together, is left out
+
+    The two sides of a pair are two segments of the same sequence. Stream fields: `pair_ids`, `chosen`, `rejected` (1
+    on that side of a pair) and `apart` (0 up to where the two answers of a pair first differ): what a term may name as
+    `where=`. With `Singles(measure=True)` also `mismatched`, 1 on answers to other questions, which the other fields
+    leave out.
+    """
+
+    build: Builder = RightWrong()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix is not None:
+            raise ValueError("Pairs compares whole answers: drop prefix=, or leave a common beginning out of the loss "
+                             "with where='apart'")
 
 
 @dataclass(frozen=True, kw_only=True)

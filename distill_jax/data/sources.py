@@ -20,9 +20,10 @@ import numpy as np
 from distill_jax.core.batch import Batch
 from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised
 from distill_jax.data.pack import Plan, plan
+from distill_jax.data.pairs import UnitRows, Units, units_of
 from distill_jax.data.rowset import RowSet, open_rows
 from distill_jax.data.serve import Served
-from distill_jax.data.source_specs import Mix, Phases, Prefix, Source, Store
+from distill_jax.data.source_specs import Mix, Pairs, Phases, Prefix, Source, Store
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, StoredHead, TraceStore
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED
@@ -109,12 +110,14 @@ class RowSource:
 
     others  {view: the rows in other tokens}
     fields  `Stream.fields` by name: what rollouts say of their tokens
+    units   rows that stand together in a sequence, and the fields they have
     """
 
     spec: Store
     rowset: RowSet
-    others: dict[str, RowSet] = field(default_factory=dict)
+    others: Mapping[str, RowSet] = field(default_factory=dict)
     fields: dict[str, PerToken] = field(default_factory=dict)
+    units: Units | None = None
     plan: Plan
     signals: dict[str, SignalReader]
     left_out: dict[str, int]
@@ -137,17 +140,23 @@ class RowSource:
     @property
     def small(self) -> bool:
         outcomes = sum(max(1, r.header.k) for r in self.signals.values())
-        return self.plan.tokens * (16 * (1 + len(self.others)) + 8 * outcomes) <= SMALL_STORE
+        return self.plan.tokens * (16 * (1 + len(self.others)) + 4 * len(self.dtypes) + 8 * outcomes) <= SMALL_STORE
 
     def _read(self, numbers: np.ndarray, signals: bool) -> list[Placed]:
         rows = self.rowset.read(numbers)
         readers = self.signals if signals else {}
         said = {n: self.rowset.read_signal(r, numbers, rows) for n, r in readers.items()}
         others = {view: rowset.read(numbers) for view, rowset in self.others.items()}
+        paired = self.units.fields(numbers.tolist(), rows) if self.units else [{}] * len(rows)
         return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()},
                        others={view: r[j] for view, r in others.items()},
-                       fields={name: f.rows[i] for name, f in self.fields.items()})
+                       fields={name: f.rows[i] for name, f in self.fields.items()} | paired[j])
                 for j, (i, row) in enumerate(zip(numbers.tolist(), rows))]
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        """{field: dtype} of `Stream.fields`."""
+        return {name: f.dtype for name, f in self.fields.items()} | (self.units.dtypes if self.units else {})
 
     def describe(self) -> dict[str, Any]:
         p = self.plan
@@ -157,6 +166,7 @@ class RowSource:
                 "tokens_per_epoch": p.tokens, "fill": round(p.fill, 4), "rendered": "stored" if self.rowset.stored
                 else "again", "signals": sorted(self.signals), "signal_coverage": round(self.coverage, 4),
                 "rows_without_signal": int((~self.rowset.attached).sum()) if self.signals else 0,
+                **(self.units.about if self.units else {}),
                 **{f"tokens_per_epoch/{v}": int(r.lengths[p.rows].sum()) for v, r in self.others.items()}}
 
 
@@ -212,7 +222,7 @@ class BatchSource:
     @property
     def _fields(self) -> dict[str, Any]:
         """{field: dtype} of all parts; one without it has zeros there."""
-        return {name: f.dtype for part in self.parts for name, f in part.fields.items()}
+        return {name: dtype for part in self.parts for name, dtype in part.dtypes.items()}
 
     def assigned(self, step: int) -> list[tuple[int, int]]:
         """(part, position in its plan) of each sequence of the global batch."""
@@ -331,7 +341,7 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int, readings: Readin
     if "://" not in path and not Path(path).exists():
         raise ValueError(f"no trace store at {path!r}: there is no such folder")
     store = TraceStore.open(path)
-    chosen, left_out = choose(store.index(), spec)
+    chosen, left_out = choose(store.index(), replace(spec, max_rows=None) if isinstance(spec, Pairs) else spec)
     if len(chosen) == 0:
         raise ValueError(f"{path}: none of {len(store)} rows is left: {json.dumps(left_out)}. Relax verdict= (it is "
                          f"{spec.verdict!r}), over_long= or holdout=.")
@@ -350,14 +360,21 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int, readings: Readin
         rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
     others = {view: open_rows(store, chosen, r.tokenizer, spec.style, spec.ops, seed)
               for view, r in (readings or {}).items()}
+    units = units_of(spec, rowset, store.index(), seed) if isinstance(spec, Pairs) else None
+    if units is not None:
+        rowset, others = UnitRows(rowset, units), {view: UnitRows(r, units) for view, r in others.items()}
     room = None
     for view, r in (readings or {}).items():  # as many places of `main` as the row takes of the other view
         taken = -(-others[view].lengths.astype(np.int64) * spec.seq_len // r.seq_len)
         room = taken if room is None else np.maximum(room, taken)
-    made = plan(rowset.lengths, seq_len=spec.seq_len, seed=seed, pack=spec.pack, room=room,
-                over_long="drop" if readings else spec.over_long)
-    return RowSource(spec=spec, rowset=rowset, others=others, plan=made, signals=signals, left_out=left_out,
-                     coverage=coverage)
+    whole = readings or units
+    add = units.sums if units else np.asarray  # what is planned: units, or rows
+    made = plan(add(rowset.lengths), seq_len=spec.seq_len, seed=seed, pack=spec.pack,
+                room=None if room is None else add(room), over_long="drop" if whole else spec.over_long)
+    if units is not None:
+        units, made = replace(units, pair_ids=units.placed(made)), made.of_members(units.starts)
+    return RowSource(spec=spec, rowset=rowset, others=others, units=units, plan=made, signals=signals,
+                     left_out=left_out, coverage=coverage)
 
 
 def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:

@@ -60,7 +60,8 @@ def _legend(roles: np.ndarray) -> Text:
 def _token_table(batch: Batch, b: int, tok: Tokenizer, count: int, start: int | None) -> Table:
     main: Any = batch.main
     table = Table(box=None, pad_edge=False)
-    for name in ("t", "segment", "position", "row", "id", "token", "role", "step", "weight", *batch.signals):
+    for name in ("t", "segment", "position", "row", "id", "token", "role", "step", "weight", *main.fields,
+                 *batch.signals):
         table.add_column(name, justify="left" if name in ("token", "role", *batch.signals) else "right", no_wrap=True)
     if start is None:
         first = np.flatnonzero(np.isin(main.roles[b], [int(r) for r in SUPERVISED]))
@@ -71,7 +72,7 @@ def _token_table(batch: Batch, b: int, tok: Tokenizer, count: int, start: int | 
         cells = [Text(str(t)), *(Text(str(a[b, t])) for a in numbers),
                  Text(_shown(tok, int(main.tokens[b, t])), style=ROLE_STYLE[role]),
                  Text(role.name.lower(), style=ROLE_STYLE[role]), Text(str(main.step_ids[b, t])),
-                 Text(f"{main.weights[b, t]:g}")]
+                 *(Text(f"{a[b, t]:g}") for a in (main.weights, *main.fields.values()))]
         table.add_row(*cells, *(Text(_said(s, b, t, tok)) for s in batch.signals.values()))
     return table
 

@@ -195,3 +195,24 @@ def policy_metrics(*, old: str = BEHAVIOUR, low: float = 0.2, high: float = 0.2,
     return {"clip_fraction": of(measures.clip_fraction, {"low": low, "high": high} | settings),
             "mean_ratio": of(measures.mean_ratio, settings), "mean_entropy": of(measures.entropy, {}),
             "logprob_gap": of(measures.logprob_gap, {})}
+
+
+def preference_metrics(*, target: str = "tokens", beta: float = 1.0, average: bool = False, pairs: bool = True,
+                       where: str = "pair_ids", student: str = "student/main", on: tuple[Role, ...] = SUPERVISED
+                       ) -> dict[str, TokenTerm]:
+    """Terms of weight 0 to put beside a preference loss with the same target, beta and `where`.
+
+    "preference_accuracy", share of pairs whose chosen side has the larger implicit reward, and "reward_margin", chosen
+    minus rejected: of beta times the log ratio to the reference (`average`: per token), or without one of beta times
+    the mean log-prob. pairs=False (KTO): "chosen_reward" and "rejected_reward", means over sequences. Either way
+    "chosen_logprob" and "rejected_logprob": means over sequences of the mean over tokens.
+    """
+    def of(loss: Callable[..., Array], where: str, kwargs: Mapping[str, Any], target: str = target) -> TokenTerm:
+        return TokenTerm(loss, student=student, target=target, on=on, where=where, weight=0.0, per="sequence",
+                         kwargs=kwargs)
+
+    sides = ("chosen", "rejected")
+    out = {"preference_accuracy": of(measures.preference_accuracy, where, {"average": average}),
+           "reward_margin": of(measures.preference_margin, where, {"beta": beta, "average": average})} if pairs else {
+        f"{side}_reward": of(measures.sequence_log_ratio, side, {"beta": beta}) for side in sides}
+    return out | {f"{side}_logprob": of(measures.logprob, side, {}, "tokens") for side in sides}

@@ -57,3 +57,17 @@ def make_store(path: Path, traces: list[Trace], tok: Tokenizer, signal: str | No
                 else:
                     out.append(TokenRow(logprobs=roll(row.logprobs[:, 0]), mask=mask))
     return store
+
+
+def judged_answers(questions: list[Trace]) -> list[Trace]:
+    """Four answers to each question, judged: as it is; thought twice; the answer to the next question behind the same
+    thinking; the next one's thinking and answer. Scores "reward": 1, 0.5, 0.25, 0."""
+    out = []
+    for i, t in enumerate(questions):
+        other = questions[(i + 1) % len(questions)]
+        kinds = [(t.thinking, t.answer), (f"{t.thinking} {t.thinking}", t.answer), (t.thinking, other.answer),
+                 (other.thinking, other.answer)]
+        out += [simple_trace(t.question, thinking, answer, system=t.system, gold=t.gold, group=t.group,
+                             verdict=k < 2, scores={"reward": (1.0, 0.5, 0.25, 0.0)[k]})
+                for k, (thinking, answer) in enumerate(kinds)]
+    return out

@@ -51,26 +51,35 @@ def corrected_fraction(tokens: Tokens, *, old: str = "old_logprobs", level: Lite
     return tokens.masked((weights == 0).astype(weights.dtype))
 
 
-def sequence_log_ratio(tokens: Tokens) -> Array:
-    """log pi(y) - log reference(y) of the whole segment, at each of its tokens: [B,T]. On mismatched answers its mean
-    is KTO's z0."""
-    return tokens.masked(stop(sequence_scores(tokens, against=True)))
+def sequence_log_ratio(tokens: Tokens, *, beta: float = 1.0) -> Array:
+    """beta (log pi(y) - log reference(y)) of the whole segment, at each of its tokens: [B,T]. With beta 1 on mismatched
+    answers its mean is KTO's z0."""
+    return tokens.masked(beta * stop(sequence_scores(tokens, against=True)))
 
 
-def preference_accuracy(tokens: Tokens) -> Array:
-    """1 where the chosen sequence's log ratio to the reference (without one: mean log-prob) is the larger: [B,T]."""
-    return _margin(tokens, lambda x: (x > 0).astype(x.dtype))
+@local
+def logprob(tokens: Tokens) -> Array:
+    """log pi(t): [B,T]. Of chosen and of rejected sequences apart: a margin that grows while both fall is what
+    preference losses allow and nobody wants."""
+    return tokens.masked(stop(tokens.logprobs))
 
 
-def preference_margin(tokens: Tokens) -> Array:
-    """Chosen minus rejected log ratio to the reference (without one: mean log-prob), at each token of a pair: [B,T]."""
-    return _margin(tokens, lambda x: x)
+def preference_accuracy(tokens: Tokens, *, average: bool = False) -> Array:
+    """1 where the chosen sequence's log ratio to the reference (without one: mean log-prob) is the larger: [B,T].
+
+    average: mean log ratio in place of the sum, what IPO compares.
+    """
+    return _margin(tokens, lambda x: (x > 0).astype(x.dtype), average)
 
 
-def _margin(tokens: Tokens, of: Any) -> Array:
+def preference_margin(tokens: Tokens, *, beta: float = 1.0, average: bool = False) -> Array:
+    """beta times (chosen minus rejected log ratio to the reference; without one: mean log-prob), at each token of a
+    pair: [B,T]. `average` as in `preference_accuracy`."""
+    return _margin(tokens, lambda x: beta * x, average)
+
+
+def _margin(tokens: Tokens, of: Any, average: bool) -> Array:
     pairs = Pairs.of(tokens)
-    if tokens.reference is None:
-        chosen, rejected = pairs.means(tokens.logprobs)
-    else:
-        chosen, rejected = pairs.sums(tokens.logprobs - tokens.against)
+    scores = tokens.logprobs if tokens.reference is None else tokens.logprobs - tokens.against
+    chosen, rejected = (pairs.means if average or tokens.reference is None else pairs.sums)(scores)
     return pairs.values(stop(of(chosen - rejected)))

@@ -8,8 +8,8 @@ chosen    [B,T]        1 at the tokens of chosen (KTO: desirable) sequences, 0 a
 
 A pair then lies inside one row, whatever micro-batch or device that row goes to. A term of these losses takes
 `per="sequence"` (every segment counts as one, so the term is the mean over pairs) and `where="pair_ids"`. Sums and
-lengths are over the term's tokens; `where` may name a field that is 0 on a common prefix too, which then counts in
-neither. A value is the loss of the pair, the same at all its tokens; pairs with an empty side have value 0.
+lengths are over the term's tokens; `where` may name a field that is 0 on a common prefix too (`apart`), which then
+counts in neither. A value is the loss of the pair, the same at all its tokens; pairs with an empty side have value 0.
 
 Which scores a loss compares: DPO sums; IPO, SimPO, ORPO and REDI means over tokens.
 """

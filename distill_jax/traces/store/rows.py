@@ -58,12 +58,14 @@ class RowIndex:
     groups    N strings  `trace.group`: rows of one question share it
     verdicts  int8 [N]   1 right, 0 wrong, -1 not checked
     flags     N tuples   `trace.flags`, sorted
+    digests   uint64 [N] content of the row's arrays: equal for equal rows
     """
 
     lengths: np.ndarray
     groups: tuple[str, ...]
     verdicts: np.ndarray
     flags: tuple[tuple[str, ...], ...]
+    digests: np.ndarray
 
 
 _FIELDS = (("tokens", "<i4", 0, MAX_ID), ("roles", "u1", 0, NUM_ROLES - 1), ("steps", "<i4", 0, 2**31 - 1),

@@ -134,7 +134,7 @@ class TraceStore:
                     flags[commit.first_row + int(at)] += (flag,)
         groups = tuple(g for c in self._shards.commits for g in c.columns["groups"])
         return RowIndex(lengths=self.lengths(), groups=groups, verdicts=self._column("verdicts", np.int8),
-                        flags=tuple(flags))
+                        flags=tuple(flags), digests=self._column("digests", np.uint64))
 
     def lengths(self) -> np.ndarray:
         """int32 [N]: tokens of each row; reads nothing."""
