@@ -123,7 +123,7 @@ def main() -> None:
     bench.prepare()
     wanted = [(name_of(section, share), seed) for seed in range(args.seeds) for section in args.sections
               for share in args.shares]
-    run_cells(bench, wanted, "benchmarks.kept_fraction",
+    run_cells(bench.folder, wanted, "benchmarks.kept_fraction",
               [str(args.out), "--world", args.world, "--world-seed", str(args.world_seed)],
               lambda results: write(bench, results, len(wanted)))
 

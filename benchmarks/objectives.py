@@ -178,7 +178,7 @@ def main() -> None:
     can, cannot = available(args.methods, bench.world.steps)
     bench.prepare()
     wanted = [(name, seed) for seed in range(args.seeds) for name in can]
-    run_cells(bench, wanted, "benchmarks.objectives",
+    run_cells(bench.folder, wanted, "benchmarks.objectives",
               [str(args.out), "--world", args.world, "--world-seed", str(args.world_seed)],
               lambda results: write(bench, results, len(wanted), cannot))
 

@@ -285,12 +285,12 @@ def spawn(module: str, arguments: Sequence[str], cell: str) -> None:
         raise SystemExit(f"cell {cell} ended with {done.returncode}; the same command goes on")
 
 
-def run_cells(bench: Bench, wanted: Sequence[tuple[str, int]], module: str, arguments: Sequence[str],
+def run_cells(folder: Path, wanted: Sequence[tuple[str, int]], module: str, arguments: Sequence[str],
               report: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Every cell that is not done, seed by seed; `report` after each, on what is there."""
+    """Every cell of a benchmark's folder that is not done, seed by seed; `report` after each, on what is there."""
     results: list[dict[str, Any]] = []
     for name, seed in wanted:
-        done = bench.folder / "cells" / f"{name}-{seed}" / "result.json"
+        done = folder / "cells" / f"{name}-{seed}" / "result.json"
         if not done.is_file():
             spawn(module, arguments, f"{name}:{seed}")
         results.append(json.loads(done.read_text()))

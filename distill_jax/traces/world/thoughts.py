@@ -13,6 +13,8 @@ from distill_jax.traces.world.puzzles import Arithmetic, Column, Knights, column
 
 Style = Literal["minimal", "extended"]
 STYLES: tuple[Style, ...] = ("minimal", "extended")
+WRONG_BRANCHES = 3
+"""Most wrong suppositions of an extended trace about Knights and Knaves."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,14 @@ def _conflict(q: DocumentQuestion, style: Style, draw: Draw) -> list[Thought]:
 
 
 def _knights(q: Knights, style: Style, draw: Draw) -> list[Thought]:
+    """How many wrong suppositions come first is drawn, none among them: were it always one, the place of a supposition
+    would say whether it holds, and nobody would learn to test it."""
     out: list[Thought] = []
     if style == "extended":
         right = solutions(q.says)[0]
-        wrong = draw.below(2 ** len(right) - 1)
-        tries = [r for r in _assignments(len(right)) if r != right]
-        out += _try(q, tries[wrong])
+        wrong = [r for r in _assignments(len(right)) if r != right]
+        for i in draw.distinct(len(wrong), draw.below(WRONG_BRANCHES + 1)):
+            out += _try(q, wrong[i])
     return out + _try(q, q.roles)
 
 
