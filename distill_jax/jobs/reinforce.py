@@ -178,7 +178,7 @@ def sample_of(trace: Trace, tok: Tokenizer) -> Sample:
     of -log p over the sampled tokens of the phase: estimates of the entropy from one draw a token."""
     assert trace.encoded is not None and trace.encoded.logprobs is not None
     row, e = render(trace, tok), trace.encoded
-    signals = dict(trace.scores)
+    signals = dict(Sample.of(trace).signals)
     counts = {}
     for name, role in (("think", THINK), ("answer", ANSWER)):
         at = row.roles == int(role)
