@@ -84,7 +84,8 @@ class OnPolicySteering:
 
     def _write(self, step: int, answers: list[Trace]) -> None:
         if jax.process_index() == 0:
-            write_store(self._path(step), answers, self._tok, on_policy={"update": step, "seed": self._seed})
+            rows = [r for t in answers for r in self.spec.environment.rows(t, self._tok, self.spec.sampling)]
+            write_store(self._path(step), rows, self._tok, on_policy={"update": step, "seed": self._seed})
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"rollouts {step}")
 

@@ -11,6 +11,7 @@ and its number alone. No answer is longer than `Sampling.max_new_tokens`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,21 @@ from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.decode.request import Completer, Completion, Request
 from distill_jax.decode.sampling import Sampling
 from distill_jax.rewards.sample import EXIT
-from distill_jax.rollout.generation import CLOSE, OPEN, Attempt, attempted, attempts_at, seed_of, with_stops
-from distill_jax.traces.trace import Trace
+from distill_jax.rollout.generation import (
+    CLOSE,
+    OPEN,
+    Attempt,
+    attempted,
+    attempts_at,
+    completed,
+    inside,
+    joined,
+    seed_of,
+    with_stops,
+    written,
+)
+from distill_jax.traces.formats.questions import prompt_only
+from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
 
 CLOSED = f"{OPEN}\n\n{CLOSE}\n\n"
 """`prefill` of a prompt without thinking (TFPI, 2509.26226)."""
@@ -32,6 +46,8 @@ TIME_IS_LIMITED = f"Time is limited, stop thinking and start answering.\n{CLOSE}
 """What S-GRPO (2505.07686) puts behind a thinking that it breaks off."""
 BUDGET = "budget"
 """Score: the thinking tokens that the question allowed."""
+CHUNK = "chunk"
+"""Score of a row that is one of several of an answer: its number, from 0."""
 
 
 class Environment(Protocol):
@@ -43,6 +59,14 @@ class Environment(Protocol):
 
     def longest_prompt(self, question: Trace, tok: Tokenizer) -> int:
         """Tokens of the longest prompt that this question may have."""
+        ...
+
+    def most_rows(self) -> int:
+        """Rows to train on that an answer becomes at most."""
+        ...
+
+    def rows(self, trace: Trace, tok: Tokenizer, sampling: Sampling) -> list[Trace]:
+        """The rows to train on of an answer: itself, with what was made of it since (verdict, scores)."""
         ...
 
     def sample(self, engine: Completer, tok: Tokenizer, questions: Sequence[Trace], sampling: Sampling, *, n: int,
@@ -69,6 +93,12 @@ class Plain:
 
     def longest_prompt(self, question: Trace, tok: Tokenizer) -> int:
         return len(prompt_ids(question, tok, prefill=self.prefill))
+
+    def most_rows(self) -> int:
+        return 1
+
+    def rows(self, trace: Trace, tok: Tokenizer, sampling: Sampling) -> list[Trace]:
+        return [trace]
 
     def sample(self, engine: Completer, tok: Tokenizer, questions: Sequence[Trace], sampling: Sampling, *, n: int,
                seed: int = 0, teacher: str = "") -> list[Trace]:
@@ -240,6 +270,78 @@ class EarlyExits(Plain):
         return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunked(Plain):
+    """Answers written in chunks; each begins with little of what was written before (Delethink, 2510.06557).
+
+    The first chunk has at most C = `Sampling.max_new_tokens` tokens, every other one C - carry. Such a one is written
+    behind the question, the first `head` tokens of the answer, and its last carry - head; the model sees nothing else.
+    The answer ends with its turn, or with its last chunk; it is judged as a whole. For training each chunk is a row of
+    its own, and what it saw is prompt, so that every token is trained on once, where it was sampled. Score `chunk`: its
+    number, in answers of several. The answer's advantage is that of all of its rows; their field `trace_ids` tells the
+    answers apart (`losses.tokens.aggregate.MeanOver`).
+    """
+
+    chunks: int = 5
+    carry: int = 4096
+    head: int = 100
+
+    def check(self, n: int, sampling: Sampling) -> None:
+        if self.chunks < 1 or not 0 <= self.head <= self.carry < sampling.max_new_tokens:
+            raise ValueError("Chunked needs chunks >= 1 and 0 <= head <= carry < max_new_tokens, got "
+                             f"chunks={self.chunks}, head={self.head}, carry={self.carry} and max_new_tokens="
+                             f"{sampling.max_new_tokens}")
+
+    def most_rows(self) -> int:
+        return self.chunks
+
+    def sample(self, engine: Completer, tok: Tokenizer, questions: Sequence[Trace], sampling: Sampling, *, n: int,
+               seed: int = 0, teacher: str = "") -> list[Trace]:
+        attempts = attempts_at(questions, tok, n=n, seed=seed, prefill=self.prefill)
+        rules, live, answers = with_stops(sampling, tok), list(range(len(attempts))), dict[int, Completion]()
+        for chunk in range(self.chunks):
+            if not live:
+                break
+            done = engine.complete([self._request(attempts[i], answers.get(i), chunk, n, seed, sampling)
+                                    for i in live], rules)
+            for i, c in zip(live, done):
+                answers[i] = joined(answers[i], c) if i in answers else c
+            live = [i for i in live if answers[i].finish == "length"]
+        return [written(a, answers[i], tok, sampling, teacher) for i, a in enumerate(attempts)]
+
+    def _request(self, attempt: Attempt, answer: Completion | None, chunk: int, n: int, seed: int, sampling: Sampling
+                 ) -> Request:
+        if answer is None:
+            return attempt.request
+        seed = seed_of(seed, attempt.question.group, attempt.sample + chunk * n)
+        return Request(prompt=np.concatenate([attempt.prompt, self.carried(answer.ids)]), seed=seed,
+                       max_new_tokens=sampling.max_new_tokens - self.carry)
+
+    def carried(self, ids: np.ndarray) -> np.ndarray:
+        """What the next chunk sees of the tokens written so far, at least `carry` of them."""
+        return np.concatenate([ids[:self.head], ids[len(ids) - (self.carry - self.head):]])
+
+    def rows(self, trace: Trace, tok: Tokenizer, sampling: Sampling) -> list[Trace]:
+        e, size = trace.encoded, sampling.max_new_tokens
+        assert e is not None and e.logprobs is not None
+        prompt, ids, logprobs = e.ids[:e.prompt_length], e.ids[e.prompt_length:], e.logprobs[e.prompt_length:]
+        bounds = [0, *range(size, len(ids), size - self.carry), len(ids)]
+        if len(bounds) == 2:
+            return [trace]
+        opened = attempts_at([prompt_only(trace)], tok, prefill=self.prefill)[0].opened
+        out = []
+        for number, (begin, end) in enumerate(pairwise(bounds)):
+            seen = prompt if not begin else np.concatenate([prompt, self.carried(ids[:begin])])
+            last = end == len(ids) and FLAG_TRUNCATED not in trace.flags
+            row = completed(prompt_only(trace), seen, Completion(
+                ids=ids[begin:end], logprobs=logprobs[begin:end], behaviour=logprobs[begin:end],
+                finish="stop" if last else "length"), tok, trace.provenance,
+                opened=inside(tok.decode(ids[:begin]), before=opened))
+            scores = {**trace.scores, CHUNK: float(number)}
+            out.append(row.replace(verdict=trace.verdict, meta=trace.meta, scores=scores))
+        return out
+
+
 def thinking_span(ids: np.ndarray, tok: Tokenizer, *, opened: bool, stops: Sequence[int] = ()) -> tuple[int, int]:
     """(first, end) of the thinking among the tokens of a completion, without its tags; (0, 0) where there is none.
 
@@ -249,10 +351,10 @@ def thinking_span(ids: np.ndarray, tok: Tokenizer, *, opened: bool, stops: Seque
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     text = b"".join(tok.token_bytes(int(i)) for i in ids)
     lead = len(text) - len(text.lstrip())
-    written = text.startswith(OPEN.encode(), lead)
-    if not (opened or written):
+    own = text.startswith(OPEN.encode(), lead)
+    if not (opened or own):
         return 0, 0
-    begin = lead + len(OPEN) if written else 0
+    begin = lead + len(OPEN) if own else 0
     close = text.find(CLOSE.encode(), begin)
     first = int(np.searchsorted(starts, begin))
     if close < 0:

@@ -79,11 +79,16 @@ def attempts_at(questions: Sequence[Trace], tok: Tokenizer, *, n: int = 1, seed:
     out = []
     for q in questions:
         prompt = prompt_ids(q, tok, prefill=prefill)
-        tags = OPEN in prefill or CLOSE in prefill
-        opened = prefill.rfind(OPEN) > prefill.rfind(CLOSE) if tags else _opens(prompt, tok)
+        opened = inside(prefill, before=_opens(prompt, tok))
         out += [Attempt(question=q, sample=s, opened=opened, request=Request(
             prompt=prompt, seed=seed_of(seed, q.group, s))) for s in range(n)]
     return out
+
+
+def inside(text: str, *, before: bool) -> bool:
+    """Whether a thinking block is open behind `text`; before: whether one was open already."""
+    tags = OPEN in text or CLOSE in text
+    return text.rfind(OPEN) > text.rfind(CLOSE) if tags else before
 
 
 def _opens(prompt: np.ndarray, tok: Tokenizer) -> bool:
@@ -93,19 +98,19 @@ def _opens(prompt: np.ndarray, tok: Tokenizer) -> bool:
 def attempted(engine: Completer, tok: Tokenizer, attempts: Sequence[Attempt], sampling: Sampling, *,
               teacher: str = "", progress: Callable[[int], None] | None = None) -> list[Trace]:
     """One trace an attempt, in order, unverified."""
-    sampling = with_stops(sampling, tok)
-    done = engine.complete([a.request for a in attempts], sampling, progress=progress)
-    rules = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-             "min_p": sampling.min_p}
-    out = []
-    for a, completion in zip(attempts, done):
-        asked = a.question.provenance
-        provenance = Provenance(source=asked.source, row=asked.row, teacher=teacher, sampling={
-            **rules, "max_new_tokens": a.request.limit(sampling), "seed": a.request.seed, "sample": a.sample})
-        whole = completion if a.begun is None else joined(a.begun, completion)
-        trace = completed(a.question, a.prompt, whole, tok, provenance, opened=a.opened)
-        out.append(trace.replace(scores={**trace.scores, **a.scores}) if a.scores else trace)
-    return out
+    done = engine.complete([a.request for a in attempts], with_stops(sampling, tok), progress=progress)
+    return [written(a, completion, tok, sampling, teacher) for a, completion in zip(attempts, done)]
+
+
+def written(attempt: Attempt, completion: Completion, tok: Tokenizer, sampling: Sampling, teacher: str) -> Trace:
+    """The trace of an attempt that the engine answered."""
+    a, asked = attempt, attempt.question.provenance
+    provenance = Provenance(source=asked.source, row=asked.row, teacher=teacher, sampling={
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p,
+        "max_new_tokens": a.request.limit(sampling), "seed": a.request.seed, "sample": a.sample})
+    whole = completion if a.begun is None else joined(a.begun, completion)
+    trace = completed(a.question, a.prompt, whole, tok, provenance, opened=a.opened)
+    return trace.replace(scores={**trace.scores, **a.scores}) if a.scores else trace
 
 
 def joined(begun: Completion, rest: Completion) -> Completion:

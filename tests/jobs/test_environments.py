@@ -18,7 +18,7 @@ from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.objective.term import build_objective
 from distill_jax.recipe import Call, Generate, MeshShape, Recipe, Saving, Stage, Student, load_recipe
 from distill_jax.rewards.algebra import Reward
-from distill_jax.rollout.environments import EarlyExits
+from distill_jax.rollout.environments import Chunked, EarlyExits
 from distill_jax.traces.store import TraceStore
 from distill_jax.train.checkpoint import latest_params
 from distill_jax.train.optim import AdamW
@@ -210,6 +210,36 @@ def test_s_grpo_and_a_killed_run(world, tmp_path, batches, monkeypatch):
         np.testing.assert_array_equal(a, b)
     assert [[t.to_json() for t in of] for of in rounds(cut.folder)] == [
         [t.to_json() for t in of] for of in rounds(whole.folder)]
+
+
+def test_chunks_are_rows_of_one_answer(world, tmp_path, batches):
+    """Every token is trained on once; rows of an answer share advantage and number; a round counts answers."""
+    env = Chunked(chunks=3, carry=8, head=2)
+    stage = small(recipe_of("delethink").stages[0], world, reward=EVEN, environment=env)
+    stage = dataclasses.replace(stage, steps=1, source=dataclasses.replace(stage.source, rows=48))
+    with pytest.raises(ValueError, match="4 answers each in 3 rows do not fit 1 updates of 16 rows"):
+        run(tmp_path, (dataclasses.replace(stage, source=dataclasses.replace(stage.source, rows=16)),), "few")
+    r = run(tmp_path, (stage,))
+    ((rows,), main) = rounds(r.folder), batches[0].main
+    first = [i for i, t in enumerate(rows) if not t.scores.get("chunk")]
+    assert len(first) == 16 < len(rows)
+    length = lambda t: len(t.encoded.ids) - t.encoded.prompt_length
+    assert lines(r.folder, "rollouts/tokens") == [pytest.approx(sum(map(length, rows)) / 16)]
+    number = dict(zip((t.encoded.ids.tobytes() for t in rows), np.cumsum([not t.scores.get("chunk") for t in rows])))
+    answers, weights, seen = {}, policy_weights(stage, batches[0]), 0
+    for b in range(len(main.tokens)):
+        at = main.segment_ids[b] == 1
+        if at.any():
+            tokens, ids, said = (np.asarray(x)[b][at] for x in (
+                main.tokens, main.fields["trace_ids"], main.fields["advantages"]))
+            answers.setdefault(int(number[tokens.tobytes()]), set()).add((int(ids[0]), float(said[0])))
+            assert len(set(ids)) == len(set(said)) == 1
+            seen += int((weights[b] > 0).sum())
+    assert all(len(of) == 1 for of in answers.values())
+    assert len({i for of in answers.values() for i, _ in of}) == len(answers)
+    assert seen == sum(length(t) for t in rows if t.scores["trained"])
+    of_answer = [weights[np.asarray(main.fields["trace_ids"]) == i].sum() for i in range(1, len(answers) + 1)]
+    np.testing.assert_allclose(of_answer, 1 / len(answers), rtol=1e-5)  # each answer weighs the same
 
 
 def test_pass_rates():

@@ -1,5 +1,6 @@
 """Environments: what they ask of an engine, and what becomes of its answers. The engine is a script, not a model."""
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,7 @@ from distill_jax.rollout.environments import (
     ELLIPSIS,
     TIME_IS_LIMITED,
     Budgeted,
+    Chunked,
     EarlyExits,
     Mode,
     Modes,
@@ -274,6 +276,79 @@ def test_the_walk_over_the_exits(tok):
         assert group_mean(rewards, np.zeros(5)).tolist() == pytest.approx([want[s.exit] for s in mixed])
 
 
+@dataclass
+class Counter:
+    """An engine that begins with token 100 behind a prompt of `begin` tokens, and counts on from the end of others."""
+
+    begin: int
+    asked: list = field(default_factory=list)
+
+    def complete(self, requests, sampling, *, progress=None):
+        self.asked += requests
+        starts = [100 if len(r.prompt) == self.begin else int(r.prompt[-1]) + 1 for r in requests]
+        ids = [np.arange(s, s + r.limit(sampling), dtype=np.int32) for s, r in zip(starts, requests)]
+        return [Completion(ids=i, logprobs=-i.astype(np.float32) / 1000, behaviour=-i.astype(np.float32) / 2000,
+                           finish="length") for i in ids]
+
+
+DELETHINK = Chunked(chunks=3, carry=4, head=1)
+EIGHT = replace(RULES, max_new_tokens=8)
+
+
+def test_chunks_carry_little_over(tok):
+    """Delethink's check: C 8, m 4, head 1: 0 to 7, then behind 0, 5, 6, 7 the tokens 8 to 11, then behind 0, 9 to 11.
+    """
+    (q,) = questions(1)
+    start = len(prompt_ids(q, tok))
+    engine = Counter(start)
+    trace = DELETHINK.sample(engine, tok, [q], EIGHT, n=1)[0]
+    assert [r.prompt[start:].tolist() for r in engine.asked] == [[], [100, 105, 106, 107], [100, 109, 110, 111]]
+    assert [r.limit(EIGHT) for r in engine.asked] == [8, 4, 4] and len({r.seed for r in engine.asked}) == 3
+    assert answered(trace)[0].tolist() == list(range(100, 116)) and "truncated" in trace.flags
+    judged_trace = trace.replace(verdict=True, scores={**trace.scores, "advantage": 0.5})
+    rows = DELETHINK.rows(judged_trace, tok, EIGHT)
+    assert [r.scores["chunk"] for r in rows] == [0, 1, 2] and {r.scores["advantage"] for r in rows} == {0.5}
+    spans = ((100, 108), (108, 112), (112, 116))
+    assert [answered(r)[0].tolist() for r in rows] == [list(range(*s)) for s in spans]
+    for row, request in zip(rows, engine.asked):
+        assert row.group == q.group and row.verdict is True and "truncated" in row.flags
+        assert row.encoded.ids[:row.encoded.prompt_length].tolist() == request.prompt.tolist()
+        assert trained(row, tok).all()  # each token once, what was carried never
+        assert (answered(row)[1] == -answered(row)[0].astype(np.float32) / 2000).all()
+
+
+def finished(ids, tok):
+    zeros = np.zeros(len(ids), np.float32)
+    return Completion(ids=np.array(ids, np.int32), logprobs=zeros, behaviour=zeros,
+                      finish="stop" if ids[-1] == tok.eos_ids[0] else "length")
+
+
+def test_an_answer_in_chunks_is_judged_as_one(tok):
+    """The answer stands behind the thinking even where the tag was written chunks ago."""
+    text = "I add one and two and get three.\n</think>\n\nThe answer is 3."
+    whole = [*tok.encode(text)[0].tolist(), tok.eos_ids[0]]
+    env, (q,) = Chunked(chunks=9, carry=2, head=1), questions(1)
+    engine = Script(tok, None)
+    left = iter(whole)
+    engine._one = lambda r, limit: finished(list(itertools.islice(left, limit)), tok)
+    (trace,) = env.sample(engine, tok, [q], EIGHT, n=1)
+    assert (trace.thinking, trace.answer, trace.flags) == ("I add one and two and get three.", "The answer is 3.", ())
+    assert judged(trace, True).correct
+    rows = env.rows(trace, tok, EIGHT)
+    assert len(rows) == len(engine.asked) >= 4 and whole == [i for r in rows for i in answered(r)[0]]
+    assert rows[0].answer == "" and "unterminated_think" in rows[0].flags and rows[-1].thinking == ""
+    assert "truncated" not in rows[-1].flags and all(trained(r, tok).all() for r in rows)
+
+
+def test_one_chunk_is_plain(tok):
+    say = lambda prompt, seed: f"{seed % 7}\n</think>\n\n{seed % 5}"
+    asked = questions(3)
+    want = Plain().sample(Script(tok, say), tok, asked, RULES, n=2, seed=3)
+    got = replace(DELETHINK, chunks=1).sample(Script(tok, say), tok, asked, RULES, n=2, seed=3)
+    assert [t.to_json() for t in got] == [t.to_json() for t in want]
+    assert DELETHINK.rows(got[0], tok, RULES) == [got[0]]
+
+
 def test_short_and_endless_thinking(tok):
     """Fewer tokens have fewer exits; a thinking that was cut is left early enough for an answer."""
     (q,) = questions(1)
@@ -295,7 +370,7 @@ def test_short_and_endless_thinking(tok):
 
 
 @pytest.mark.parametrize("env,n", [(Plain(prefill=CLOSED), 4), (Budgeted(budgets=(5, 6, 7, 8)), 4), (MODES, 4),
-                                   (EXITS, 5)])
+                                   (EXITS, 5), (Chunked(chunks=3, carry=4, head=2), 4)])
 def test_an_answer_depends_on_seed_question_and_number_alone(tok, env, n):
     say = lambda prompt, seed: "3." if prompt.endswith("Stop.\n</think>\n\n") else (
         "word " * (5 + seed % 11) + f"\n</think>\n\n{seed}")
@@ -325,7 +400,9 @@ def test_what_cannot_be_is_said(tok):
             (replace(EXITS, answer_tokens=60), 5, "less than max_new_tokens=60, got 60"),
             (Budgeted(budgets=()), 2, "numbers of tokens, at least 1"),
             (Budgeted(text="short"), 2, r"must have the place \{budget\}"),
-            (Budgeted(answer_tokens=0), 2, "at least 1 or None, got 0")):
+            (Budgeted(answer_tokens=0), 2, "at least 1 or None, got 0"),
+            (replace(DELETHINK, carry=60), 2, "head=1, carry=60 and max_new_tokens=60"),
+            (replace(DELETHINK, chunks=0), 2, "chunks >= 1")):
         with pytest.raises(ValueError, match=says):
             env.check(n, RULES)
     same = Modes(modes=(Mode(name="a", first="A"), Mode(name="b", first="A.")))
