@@ -18,6 +18,8 @@ from distill_jax.rewards.check import Verdict
 from distill_jax.rewards.sample import Sample
 from distill_jax.rewards.shaping_modes import adapt_think, early_exit, thinks, within_budget
 from distill_jax.rollout.advantages import group_mean, raw
+from distill_jax.rollout.completions import Completions
+from distill_jax.rollout.engine import Engine
 from distill_jax.rollout.environments import (
     CLOSED,
     ELLIPSIS,
@@ -34,6 +36,7 @@ from distill_jax.rollout.generation import sample_traces, seed_of
 from distill_jax.traces.formats.questions import prompt_only
 from tests.data.conftest import CHATML, tiny_folder
 from tests.data.storing import some_traces
+from tests.jobs.stub_server import serving
 
 GENERATION = "assistant\\n' }}"
 TEMPLATES = {
@@ -381,6 +384,30 @@ def test_an_answer_depends_on_seed_question_and_number_alone(tok, env, n):
     assert whole == ask(asked[::-1], 7) and ask(asked[1:3], 7).items() <= whole.items()
     assert set(whole) != set(ask(asked, 8))
     assert spec.from_plain(spec.to_plain(env)) == env
+
+
+def test_behind_a_server(tok):
+    """Ids go out and come back; what the server does not say of forced and shared tokens is in no mean."""
+    body, stop = tok.encode("one two\n</think>\n\n1")[0].tolist(), tok.eos_ids[0]
+    end, (q,) = tok.encode(EXITS.text)[0].tolist(), questions(1)
+
+    def reply(asked):
+        ids = [*([40] if asked["prompt"][-len(end):] == end else body), stop]
+        said = {"tokens": [""] * len(ids), "token_logprobs": [-0.25] * len(ids)}
+        return 200, {"choices": [{"text": "", "finish_reason": "stop", "token_ids": ids, "logprobs": said}]}
+
+    with serving(reply) as (url, seen):
+        server = Completions(engine=Engine(url=url, model="m"))
+        exits = EXITS.sample(server, tok, [q], RULES, n=5)
+        modes = MODES.sample(server, tok, [q], RULES, n=2)
+    assert len(exits) == 1 + min(4, int(exits[-1].scores["exit_position"]) - 1) > 2
+    for t in exits[:-1]:
+        ids, logprobs, injected = answered(t)
+        assert ids.tolist()[-2:] == [40, stop] and injected[:-2].all() and t.scores["mean_logprob"] == -0.25
+        assert logprobs[:int(t.scores["exit_position"])].tolist() == [-0.25] * int(t.scores["exit_position"])
+    assert [answered(t)[1][0] for t in modes] == [np.float32(math.log(0.5))] * 2
+    prompts = [b["prompt"][len(prompt_ids(q, tok)):] for b in seen[-2:]]
+    assert sorted(prompts) == sorted([tok.encode(m.first)[0].tolist() for m in MODES.modes]), "the server goes on there"
 
 
 def test_an_answer_cut_inside_a_character_is_trained_on(tokenizers):
