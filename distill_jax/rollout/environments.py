@@ -186,9 +186,13 @@ class Modes(Plain):
     def sample(self, engine: Completer, tok: Tokenizer, questions: Sequence[Trace], sampling: Sampling, *, n: int,
                seed: int = 0, teacher: str = "") -> list[Trace]:
         firsts = self._firsts(tok)
-        attempts = [self._begun(a, a.sample * len(self.modes) // n, firsts) for a in attempts_at(
-            questions, tok, n=n, seed=seed, prefill=self.prefill)]
-        return attempted(engine, tok, attempts, sampling, teacher=teacher)
+        attempts = attempts_at(questions, tok, n=n, seed=seed, prefill=self.prefill)
+        closing = [m.name for m in self.modes if m.first.startswith(CLOSE)]
+        if closing and not all(a.opened for a in attempts):
+            raise ValueError(f"the modes {closing} close a thinking that the prompt does not open: the template of {tok} "
+                             "ends elsewhere; set prefill='<think>\\n'")
+        begun = [self._begun(a, a.sample * len(self.modes) // n, firsts) for a in attempts]
+        return attempted(engine, tok, begun, sampling, teacher=teacher)
 
     def _firsts(self, tok: Tokenizer) -> list[tuple[int, ...]]:
         """Ids that each mode begins with. Raises ValueError where they do not tell the modes apart."""

@@ -418,7 +418,7 @@ def test_an_answer_cut_inside_a_character_is_trained_on(tokenizers):
     assert trace.answer.endswith("\ufffd") and trained(trace, tok).all()
 
 
-def test_what_cannot_be_is_said(tok):
+def test_what_cannot_be_is_said(tok, tokenizers):
     for env, n, says in (
             (MODES, 3, r"a multiple of their number; got \['no_think', 'think'\] and n=3"),
             (Modes(modes=(MODES.modes[0], MODES.modes[0])), 4, "distinct names"),
@@ -435,4 +435,10 @@ def test_what_cannot_be_is_said(tok):
     same = Modes(modes=(Mode(name="a", first="A"), Mode(name="b", first="A.")))
     with pytest.raises(ValueError, match="must begin with different tokens"):
         same.sample(Script(tok, lambda p, s: ""), tok, questions(1), RULES, n=2)
+    closed = tokenizers["plain"]
+    with pytest.raises(ValueError, match=r"\['no_think'\] close a thinking that the prompt does not open"):
+        MODES.sample(Script(closed, lambda p, s: ""), closed, questions(1), RULES, n=2)
+    opens = replace(MODES, prefill="<think>\n")
+    opened = opens.sample(Script(closed, lambda p, s: "1"), closed, questions(1), RULES, n=2)
+    assert opened[0].thinking == "" and "unterminated_think" in opened[1].flags
     assert TIME_IS_LIMITED.endswith("</think>\n\n")
