@@ -189,8 +189,8 @@ class Modes(Plain):
         attempts = attempts_at(questions, tok, n=n, seed=seed, prefill=self.prefill)
         closing = [m.name for m in self.modes if m.first.startswith(CLOSE)]
         if closing and not all(a.opened for a in attempts):
-            raise ValueError(f"the modes {closing} close a thinking that the prompt does not open: the template of {tok} "
-                             "ends elsewhere; set prefill='<think>\\n'")
+            raise ValueError(f"the modes {closing} close a thinking that the prompt does not open, as {tok} writes it; "
+                             "set prefill='<think>\\n'")
         begun = [self._begun(a, a.sample * len(self.modes) // n, firsts) for a in attempts]
         return attempted(engine, tok, begun, sampling, teacher=teacher)
 
