@@ -1,6 +1,7 @@
 """What the reinforcement recipes share: a distilled student, questions with gold answers, one update a round."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from distill_jax.data.source_specs import Store
@@ -38,3 +39,18 @@ def rl(name: str, policy: TokenTerm, *, others: Mapping[str, TokenTerm] | None =
         providers=providers, terms={"policy": policy, **(others or {}), **policy_metrics(**(metrics or {}))},
         on_policy=Reinforce(**options), optim=AdamW(peak_lr=lr, warmup=10), steps=steps, micro_batches=64 // every,
         saving=Saving(steps=20), log_every=1),))
+
+
+def one_of(recipe: Recipe, name: str, *, longest: int = LONGEST, model: str = STUDENT, questions: str = "questions/",
+           steps: int = 300) -> Stage:
+    """The stage of an `rl` recipe as one of several: answers of at most `longest` tokens, eight rows a micro-batch.
+
+    model, questions  where it starts from and what it asks; `stage:NAME` of an earlier stage
+    """
+    (stage,) = recipe.stages
+    assert isinstance(stage, Stage) and isinstance(stage.source, Store) and stage.on_policy is not None
+    sampling = replace(stage.on_policy.sampling, max_new_tokens=longest)
+    return replace(
+        stage, name=name, source=replace(stage.source, path=questions, seq_len=longest + 1024),
+        providers={**stage.providers, "student": replace(stage.models["student"], model=model)},
+        on_policy=replace(stage.on_policy, sampling=sampling), steps=steps, micro_batches=stage.source.rows // 8)

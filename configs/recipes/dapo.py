@@ -9,6 +9,8 @@ Before it: `distill-jax import` of questions with gold answers into `questions/`
 Hardware, time: `distill-jax plan configs/recipes/dapo.py --on h200:8` (without the sampling).
 """
 
+from typing import Any
+
 from configs.rl import LONGEST, rl
 from distill_jax.losses.tokens.policy import ppo_clip
 from distill_jax.objective.tokens import TokenTerm
@@ -18,8 +20,14 @@ from distill_jax.rewards.outcome import outcome
 from distill_jax.rewards.shaping import soft_overlong
 
 
-def recipe() -> Recipe:
+def dapo(name: str, longest: int = LONGEST, **reinforce: Any) -> Recipe:
+    """DAPO for answers of at most `longest` tokens, with further fields of `Reinforce`."""
     clip = {"low": 0.2, "high": 0.28}
     reward = Sum(parts={"right": Reward(fn=outcome, kwargs={"wrong": -1.0}),
-                        "overlong": Reward(fn=soft_overlong, kwargs={"limit": LONGEST, "cache": LONGEST // 5})})
-    return rl("dapo", TokenTerm(ppo_clip, kwargs=clip), metrics=clip, prompts=32, n=16, reward=reward, refill=9)
+                        "overlong": Reward(fn=soft_overlong, kwargs={"limit": longest, "cache": longest // 5})})
+    return rl(name, TokenTerm(ppo_clip, kwargs=clip), metrics=clip, prompts=32, n=16, reward=reward, refill=9,
+              **reinforce)
+
+
+def recipe() -> Recipe:
+    return dapo("dapo")

@@ -79,16 +79,26 @@ def render(trace: Trace, tok: Tokenizer, *, style: Style = Style(), **template_k
 
 
 def prompt_ids(source: "Trace | str | Sequence[Message]", tok: Tokenizer, *, style: Style = Style(),
-               **template_kwargs: Any) -> np.ndarray:
-    """int32 [P]: ids a model is given before it writes, for a trace, a question or a list of messages."""
+               prefill: str = "", **template_kwargs: Any) -> np.ndarray:
+    """int32 [P]: ids a model is given before it writes, for a trace, a question or a list of messages.
+
+    prefill  text that the prompt is to end with (`prefilled`); a trace that holds sampled ids keeps its own prompt
+    """
     if isinstance(source, Trace):
         e = source.encoded
         if e is not None and e.tokenizer == tok.hash:
             return np.asarray(e.ids[:e.prompt_length], np.int32)
         messages = turns(source)
-        return tok.encode(_prompt(source, tok, messages, style, template_kwargs)[0])[0]
+        return tok.encode(prefilled(_prompt(source, tok, messages, style, template_kwargs)[0], prefill))[0]
     chat = [{"role": "user", "content": source}] if isinstance(source, str) else source
-    return tok.encode(tok.prompt_text(chat, **template_kwargs))[0]
+    return tok.encode(prefilled(tok.prompt_text(chat, **template_kwargs), prefill))[0]
+
+
+def prefilled(prompt: str, text: str) -> str:
+    """The prompt with `text` at its end. What it ends with of the text's beginning is not repeated, so a prompt that
+    opens `<think>` is only closed by `<think>\\n\\n</think>`, and a second time changes nothing."""
+    common = next(n for n in range(len(text), -1, -1) if prompt.endswith(text[:n]))
+    return prompt + text[common:]
 
 
 def template_id(tok: Tokenizer, *, style: Style = Style(), **template_kwargs: Any) -> str:

@@ -110,6 +110,6 @@ def _fit(chunk: Chunk, raw: bytes) -> Chunk:
         out.append(Piece(start=at, role=p.role, part=p.part, offset=p.offset))
         cursor, between = at + end - p.start, None
     if cursor < len(raw):
-        last = out[-1].role if out else TEMPLATE
+        last = out[-1].role if out else chunk.pieces[-1].role if chunk.pieces else TEMPLATE
         out.append(Piece(start=cursor, role=last if between is None else between))
     return Chunk(text=raw.decode("utf-8", "replace"), pieces=tuple(out))

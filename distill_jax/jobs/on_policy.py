@@ -1,7 +1,7 @@
 """A source of which a share is what the student wrote: asked anew every so many updates, written down as a store."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from distill_jax.data.render import Style, prompt_ids
+from distill_jax.data.render import Style
 from distill_jax.data.source_specs import Phases, Source, Store, stores
 from distill_jax.data.sources import BatchSource, open_store
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.decode import Generator
 from distill_jax.jobs.questions import of_traces
 from distill_jax.jobs.write_store import write_store
-from distill_jax.rollout.generation import sample_traces, with_real_ids
+from distill_jax.rollout.generation import with_real_ids
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
@@ -44,7 +44,8 @@ class OnPolicySteering:
         first = next(stores(where))
         self._round = Store(path="", rows=first.rows, seq_len=first.seq_len, pack=first.pack, over_long="cut",
                             style=Style())
-        self._questions = questions_of(opened, tokenizer, self._longest(model.config.context_length))
+        self._questions = questions_of(opened, lambda q: spec.environment.longest_prompt(q, tokenizer),
+                                       self._longest(model.config.context_length))
 
     def initial(self) -> dict[str, Any]:
         """Before anything was sampled."""
@@ -74,16 +75,17 @@ class OnPolicySteering:
         return context - self.spec.sampling.max_new_tokens
 
     def _answers(self, params: Mapping[str, Any], questions: list[Trace], step: int, salt: int = 0) -> list[Trace]:
-        """`n` answers to each question by the student as it is; those to one question stand together."""
+        """At most `n` answers to each question by the student as it is; those to one question stand together."""
         generator = Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh,
                               token_bytes=self._tok.token_bytes)
-        return sample_traces(generator, self._tok, questions, self.spec.sampling, n=self.spec.n,
-                             seed=(self._seed * 1_000_003 + step) * 101 + salt,
-                             teacher=f"the student at update {step}")
+        return self.spec.environment.sample(generator, self._tok, questions, self.spec.sampling, n=self.spec.n,
+                                            seed=(self._seed * 1_000_003 + step) * 101 + salt,
+                                            teacher=f"the student at update {step}")
 
     def _write(self, step: int, answers: list[Trace]) -> None:
         if jax.process_index() == 0:
-            write_store(self._path(step), answers, self._tok, on_policy={"update": step, "seed": self._seed})
+            rows = [r for t in answers for r in self.spec.environment.rows(t, self._tok, self.spec.sampling)]
+            write_store(self._path(step), rows, self._tok, on_policy={"update": step, "seed": self._seed})
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"rollouts {step}")
 
@@ -113,7 +115,7 @@ class OnPolicySteering:
         return out
 
 
-def questions_of(opened: BatchSource, tok: Tokenizer, longest: int) -> list[Trace]:
+def questions_of(opened: BatchSource, prompt_length: Callable[[Trace], int], longest: int) -> list[Trace]:
     """The questions of the rows a source chose, each once, whose prompts have at most `longest` tokens.
 
     Raises ValueError where there is none.
@@ -121,7 +123,7 @@ def questions_of(opened: BatchSource, tok: Tokenizer, longest: int) -> list[Trac
     found = [t for part in opened.parts for t in part.rowset.store.traces(np.unique(part.rowset.origin[
         part.rowset.origin >= 0]))]
     asked = [a.question for a in of_traces(found) if a.question is not None]
-    short = [q for q in asked if len(prompt_ids(q, tok)) <= longest]
+    short = [q for q in asked if prompt_length(q) <= longest]
     if not short:
         raise ValueError(f"on_policy: none of {len(asked)} questions leaves room for max_new_tokens in the student's "
                          f"context (prompts of at most {longest} tokens do); lower on_policy.sampling.max_new_tokens")

@@ -25,6 +25,7 @@ from distill_jax.rewards.judges import judge_answers, judge_code, judge_knights
 from distill_jax.rewards.sample import Sample, groups_of
 from distill_jax.rewards.sandbox import Sandbox
 from distill_jax.rollout.advantages import zero_variance
+from distill_jax.rollout.environments import CHUNK
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
@@ -66,9 +67,11 @@ class ReinforceSteering(OnPolicySteering):
                  mesh: Mesh, seed: int, folder: Path) -> None:
         super().__init__(spec, where, opened, tokenizer, student=student, model=model, mesh=mesh, seed=seed,
                          folder=folder)
-        if not self._round.pack and self.spec.prompts * self.spec.n > self._round.rows * self.every:
-            raise ValueError(f"{self.spec.prompts} questions with {self.spec.n} answers each do not fit {self.every} "
-                             f"updates of {self._round.rows} rows: raise source.rows, or on_policy.every")
+        most = self.spec.prompts * self.spec.n * spec.environment.most_rows()
+        if not self._round.pack and most > self._round.rows * self.every:
+            rows = f" in {n} rows" if (n := spec.environment.most_rows()) > 1 else ""
+            raise ValueError(f"{self.spec.prompts} questions with {self.spec.n} answers each{rows} do not fit "
+                             f"{self.every} updates of {self._round.rows} rows: raise source.rows, or on_policy.every")
         if self.spec.prompts > len(self._questions):
             raise ValueError(f"a round asks {self.spec.prompts} different questions, the source has "
                              f"{len(self._questions)}: lower on_policy.prompts, and raise n for more answers")
@@ -178,7 +181,7 @@ def sample_of(trace: Trace, tok: Tokenizer) -> Sample:
     of -log p over the sampled tokens of the phase: estimates of the entropy from one draw a token."""
     assert trace.encoded is not None and trace.encoded.logprobs is not None
     row, e = render(trace, tok), trace.encoded
-    signals = dict(trace.scores)
+    signals = dict(Sample.of(trace).signals)
     counts = {}
     for name, role in (("think", THINK), ("answer", ANSWER)):
         at = row.roles == int(role)
@@ -198,22 +201,28 @@ def group_numbers(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.ndarray) -> dict[str, PerToken]:
-    """`advantages`, `behaviour_logprobs` and `group_ids` (from 1) of rollouts of these lengths."""
-    dtypes = {"advantages": np.float32, "behaviour_logprobs": np.float32, "group_ids": np.int32}
+    """`advantages`, `behaviour_logprobs`, `group_ids` and `trace_ids` (from 1; rows of one answer share theirs) of
+    rollouts of these lengths."""
+    dtypes = {"advantages": np.float32, "behaviour_logprobs": np.float32, "group_ids": np.int32, "trace_ids": np.int32}
     out: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
-    for t, n in zip(traces, lengths.tolist()):
+    numbers = np.cumsum([not t.scores.get(CHUNK) for t in traces]).tolist()
+    for t, n, number in zip(traces, lengths.tolist(), numbers):
         assert t.encoded is not None and t.encoded.logprobs is not None and len(t.encoded.ids) == n
         out["advantages"].append(np.full(n, t.scores[ADVANTAGE], np.float32))
         out["behaviour_logprobs"].append(np.asarray(t.encoded.logprobs, np.float32))
         out["group_ids"].append(np.full(n, groups[t.group], np.int32))
+        out["trace_ids"].append(np.full(n, number, np.int32))
     return {name: PerToken(dtype, out[name]) for name, dtype in dtypes.items()}
 
 
 def summary(traces: Sequence[Trace]) -> dict[str, float]:
-    """Means over the rollouts of a round."""
+    """Means over the rollouts of a round; an answer in several rows counts once."""
     mean = lambda values: float(np.mean(values)) if len(values) else 0.0
-    scores = [t.scores for t in traces]
     length = np.array([len(t.encoded.ids) - t.encoded.prompt_length if t.encoded else 0 for t in traces], float)
+    first = [i for i, t in enumerate(traces) if not t.scores.get(CHUNK)]
+    length = np.add.reduceat(length, first)
+    traces = [traces[end - 1] for end in (*first[1:], len(traces))]  # the last row knows how the answer ended
+    scores = [t.scores for t in traces]
     right = np.array([t.verdict is True for t in traces], bool)
     groups: dict[str, list[float]] = {}
     for t in traces:

@@ -9,6 +9,8 @@ from rich.text import Text
 
 from distill_jax.core.roles import ROLE_STYLE, SUPERVISED
 from distill_jax.jobs.reinforce import ADVANTAGE, REWARD, TRAINED, summary
+from distill_jax.rewards.sample import EXIT
+from distill_jax.rollout.environments import BUDGET, CHUNK
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import Trace
 
@@ -69,7 +71,8 @@ def _show_group(number: int, members: Sequence[Trace], console: Console, samples
     if members[0].gold:
         console.print(Text(f"gold: {members[0].gold}"))
     for t in members[:samples]:
-        said = {k: v for k, v in t.scores.items() if k in (REWARD, ADVANTAGE) or k.startswith(f"{REWARD}/")}
+        said = {k: v for k, v in t.scores.items()
+                if k in (REWARD, ADVANTAGE, EXIT, BUDGET, CHUNK) or k.startswith((f"{REWARD}/", "mode/"))}
         about = "  ".join(f"{k} {v:+.3f}" for k, v in said.items())
         verdict = {True: "right", False: "wrong", None: "not judged"}[t.verdict]
         console.print(Text(f"- {verdict}, {_tokens(t)} tokens{''.join(f', {f}' for f in t.flags)}  {about}"))

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from distill_jax.rewards.check import Verdict
 from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED, Trace
 
+EXIT = "exit_position"
+"""Score of a trace that is one of several exits of a full rollout: tokens of thinking before its exit."""
+PASS_RATE = "reference_pass_rate"
+"""Entry of `Trace.meta`: share of right answers that the frozen start gave to this question (`jobs.pass_rates`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -20,7 +25,7 @@ class Sample:
     truncated       the length limit ended it
     terminated      the thinking ended (always True where there is none): without that there is no answer
     verdict         what the checker found, None where nobody asked
-    exit            order among the exits of one full rollout (S-GRPO), 0 first; -1 where there is one completion
+    exit            order among the exits of one full rollout (S-GRPO), lowest first; -1 where there is one completion
     signals         numbers by name from elsewhere: `think_entropy`, `answer_entropy`, `reference_pass_rate`, ...
     """
 
@@ -43,8 +48,10 @@ class Sample:
 
         changes   any field: token counts above all, which a trace knows only where it has `encoded`
         """
+        rate = {PASS_RATE: float(trace.meta[PASS_RATE])} if PASS_RATE in trace.meta else {}
         known: dict[str, object] = {
-            "thinking": trace.thinking, "answer": trace.answer, "signals": trace.scores,
+            "thinking": trace.thinking, "answer": trace.answer, "signals": {**rate, **trace.scores},
+            "exit": int(trace.scores.get(EXIT, -1)),
             "truncated": FLAG_TRUNCATED in trace.flags, "terminated": FLAG_UNTERMINATED not in trace.flags}
         if trace.encoded is not None:
             known["tokens"] = len(trace.encoded.ids) - trace.encoded.prompt_length

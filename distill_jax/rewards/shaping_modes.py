@@ -60,6 +60,21 @@ def adapt_think(sample: Sample, delta: float = 0.05) -> float:
     return (0.0 if thinks(sample) else delta) + float(sample.correct) - reference
 
 
+def within_budget(sample: Sample, tolerance: float = 0.25) -> float:
+    """1 for a right answer whose thinking keeps to the budget, less beyond it, 0 for a wrong one.
+
+        R = y max(0, 1 - max(0, L_think - b) / (tolerance b))                                        BARD (2511.01470)
+
+    Signal `budget`: b, what the question allowed (`rollout.environments.Budgeted`); KeyError where there is none. That
+    both factors are multiplied is the paper's, the form of the second a guess (the paper's could not be read).
+    """
+    budget = sample.signals["budget"]
+    if budget <= 0 or tolerance <= 0:
+        raise ValueError(f"within_budget needs a positive budget and tolerance, got {budget} and {tolerance}")
+    over = max(0.0, sample.think_tokens - budget)
+    return float(sample.correct) * max(0.0, 1.0 - over / (tolerance * budget))
+
+
 def entropies(values: Sequence[float], think_end: int | None) -> dict[str, float]:
     """PEAR's signals from the entropies of sampled tokens; `think_end` is the index of `</think>`, which belongs to
     neither phase. Without it all is thinking, and the answer's entropy is 0."""

@@ -20,6 +20,11 @@ def minus(rewards: ArrayLike, baseline: ArrayLike = 0.0) -> Array:
     return _known(np.asarray(rewards, np.float64) - np.asarray(baseline, np.float64))
 
 
+def raw(rewards: ArrayLike, groups: ArrayLike) -> Array:
+    """R_i [N], no baseline: for rewards that are advantages already (AdaptThink's)."""
+    return _known(_grouped(rewards, groups)[0])
+
+
 def group_mean(rewards: ArrayLike, groups: ArrayLike) -> Array:
     """R_i - mean of its group [N]: Dr.GRPO (2503.20783), S-GRPO."""
     rewards, at = _grouped(rewards, groups)
@@ -58,8 +63,9 @@ def batch_z(values: ArrayLike, *, ddof: int = 1, eps: float = 1e-8) -> Array:
     return _known((values - known.mean()) / (known.std(ddof=ddof) + eps))
 
 
-def positive_only(rewards: ArrayLike) -> Array:
-    """max(R_i, 0) [N], no baseline: RAFT and RAFT++ (2504.11343) learn from accepted samples alone."""
+def positive_only(rewards: ArrayLike, groups: ArrayLike | None = None) -> Array:
+    """max(R_i, 0) [N], no baseline, so `groups` are not read: RAFT and RAFT++ (2504.11343) learn from accepted samples
+    alone."""
     return np.maximum(_known(np.asarray(rewards, np.float64)), 0.0)
 
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,18 +44,80 @@ def sample_traces(engine: Completer, tok: Tokenizer, questions: Sequence[Trace],
                   n: int = 1, seed: int = 0, teacher: str = "", progress: Callable[[int], None] | None = None
                   ) -> list[Trace]:
     """`generate_traces` of an engine at hand: a `Generator`, or a server (`rollout.completions`)."""
-    sampling = with_stops(sampling, tok)
-    prompts = [prompt_ids(q, tok) for q in questions]
-    asked = [(q, s) for q in range(len(questions)) for s in range(n)]
-    seeds = [seed_of(seed, questions[q].group, s) for q, s in asked]
-    requests = [Request(prompt=prompts[q], seed=number) for (q, _), number in zip(asked, seeds)]
-    done = engine.complete(requests, sampling, progress=progress)
-    rules = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-             "min_p": sampling.min_p, "max_new_tokens": sampling.max_new_tokens}
-    return [completed(questions[q], prompts[q], c, tok, Provenance(
-        source=questions[q].provenance.source, row=questions[q].provenance.row, teacher=teacher,
-        sampling={**rules, "seed": number, "sample": s}))
-            for (q, s), c, number in zip(asked, done, seeds)]
+    attempts = attempts_at(questions, tok, n=n, seed=seed)
+    return attempted(engine, tok, attempts, sampling, teacher=teacher, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One answer that is asked for.
+
+    sample   its number among those to the question
+    request  what the engine is asked
+    begun    the answer's first tokens, where they stand in `request.prompt` already, behind the question's prompt
+    opened   whether the prompt leaves the model inside a thinking block
+    scores   what is known of the answer beforehand, by name
+    """
+
+    question: Trace
+    sample: int
+    request: Request
+    begun: Completion | None = None
+    opened: bool = False
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """i32 [P]: the prompt of the question."""
+        return self.request.prompt if self.begun is None else self.request.prompt[:-len(self.begun.ids)]
+
+
+def attempts_at(questions: Sequence[Trace], tok: Tokenizer, *, n: int = 1, seed: int = 0, prefill: str = ""
+                ) -> list[Attempt]:
+    """`n` attempts at every question, those at one question together. prefill: what the prompts end with
+    (`data.render.prefilled`); where it has thinking tags, they say whether the model begins inside the thinking."""
+    out = []
+    for q in questions:
+        prompt = prompt_ids(q, tok, prefill=prefill)
+        opened = inside(prefill, before=_opens(prompt, tok))
+        out += [Attempt(question=q, sample=s, opened=opened, request=Request(
+            prompt=prompt, seed=seed_of(seed, q.group, s))) for s in range(n)]
+    return out
+
+
+def inside(text: str, *, before: bool) -> bool:
+    """Whether a thinking block is open behind `text`; before: whether one was open already."""
+    tags = OPEN in text or CLOSE in text
+    return text.rfind(OPEN) > text.rfind(CLOSE) if tags else before
+
+
+def _opens(prompt: np.ndarray, tok: Tokenizer) -> bool:
+    return tok.decode(prompt).rstrip().endswith(OPEN)
+
+
+def attempted(engine: Completer, tok: Tokenizer, attempts: Sequence[Attempt], sampling: Sampling, *,
+              teacher: str = "", progress: Callable[[int], None] | None = None) -> list[Trace]:
+    """One trace an attempt, in order, unverified."""
+    done = engine.complete([a.request for a in attempts], with_stops(sampling, tok), progress=progress)
+    return [written(a, completion, tok, sampling, teacher) for a, completion in zip(attempts, done)]
+
+
+def written(attempt: Attempt, completion: Completion, tok: Tokenizer, sampling: Sampling, teacher: str) -> Trace:
+    """The trace of an attempt that the engine answered."""
+    a, asked = attempt, attempt.question.provenance
+    provenance = Provenance(source=asked.source, row=asked.row, teacher=teacher, sampling={
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p,
+        "max_new_tokens": a.request.limit(sampling), "seed": a.request.seed, "sample": a.sample})
+    whole = completion if a.begun is None else joined(a.begun, completion)
+    trace = completed(a.question, a.prompt, whole, tok, provenance, opened=a.opened)
+    return trace.replace(scores={**trace.scores, **a.scores}) if a.scores else trace
+
+
+def joined(begun: Completion, rest: Completion) -> Completion:
+    """One completion of two of which the second was written behind the first; it ends as the second does."""
+    both = lambda name: np.concatenate([getattr(begun, name), getattr(rest, name)])
+    return Completion(ids=both("ids"), logprobs=both("logprobs"), behaviour=both("behaviour"),
+                      injected=both("injected"), finish=rest.finish)
 
 
 def with_real_ids(model: Any, tok: Tokenizer) -> Any:
@@ -83,13 +145,15 @@ def seed_of(seed: int, group: str, sample: int) -> int:
 
 
 def completed(question: Trace, prompt: np.ndarray, completion: Completion, tok: Tokenizer,
-              provenance: Provenance) -> Trace:
+              provenance: Provenance, *, opened: bool | None = None) -> Trace:
     """The question with what was written behind it: segments for a reader, sampled ids and their behaviour log-probs
     for the trainer, the mean log-prob under the model among the scores.
 
-    What has no text at all becomes an empty answer.
+    What has no text at all becomes an empty answer. opened: whether the prompt leaves the model inside a thinking
+    block; None: if it ends with `<think>`.
     """
-    opened = tok.decode(prompt).rstrip().endswith(OPEN)
+    if opened is None:
+        opened = _opens(prompt, tok)
     text = tok.decode(completion.ids)
     thinking, answer, _ = split_completion(completion.ids, tok, opened=opened)
     thinking, answer = re.sub(r"^ ?\n?", "", thinking), re.sub(r"^ ?\n*", "", answer)  # sentencepiece adds the blank

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from distill_jax.decode.sampling import Sampling
+from distill_jax.rollout.environments import Environment, Plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class OnPolicy:
     prompts     questions asked at each sampling, the source's train questions in a shuffled order; `n` answers to each
     sampling    rules of the student's answers; temperature 1 samples from the student itself
     batch_size  rows decoded at once
+    environment how answers come about: what stands behind the prompt, forced beginnings, several exits
     """
 
     share: float = 1.0
@@ -25,6 +27,7 @@ class OnPolicy:
     n: int = 1
     sampling: Sampling = Sampling(temperature=1.0, max_new_tokens=1024)
     batch_size: int = 256
+    environment: Environment = Plain()
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -33,3 +36,4 @@ class OnPolicy:
             raise ValueError(f"OnPolicy needs every, prompts, n and batch_size of at least 1, got {self}")
         if self.n > 1 and self.sampling.greedy:
             raise ValueError(f"n={self.n} greedy answers to a question would all be the same: set a temperature")
+        self.environment.check(self.n, self.sampling)

@@ -18,6 +18,7 @@ from distill_jax.rollout.advantages import (
     pass_rates,
     penalised,
     positive_only,
+    raw,
     reinforce_plus_plus,
     returns,
     spread,
@@ -84,6 +85,8 @@ def test_two_gamma_returns():
 def test_spread_positive_and_batch():
     assert [a.tolist() for a in spread([1.0, -2.0], [2, 3])] == [[1, 1], [-2, -2, -2]]
     np.testing.assert_array_equal(positive_only([1, -1, np.nan, 0]), [1, 0, 0, 0])
+    np.testing.assert_array_equal(positive_only([1, -1], [0, 0]), [1, 0])  # as a round calls it
+    np.testing.assert_array_equal(raw([1, -1, np.nan], [0, 0, 1]), [1, -1, 0])
     assert np.all(batch_z([0.1, 0.1, 0.1]) == 0) and np.all(batch_z([3.0]) == 0)
     with pytest.raises(ValueError, match="as many advantages"):
         spread([1.0], [2, 3])
