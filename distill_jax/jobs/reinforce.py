@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,6 +19,15 @@ from distill_jax.data.rowset import open_rows
 from distill_jax.data.source_specs import Source
 from distill_jax.data.sources import BatchSource, PerToken, RowSource
 from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.jobs.estimates import (
+    Estimates,
+    Measures,
+    estimate,
+    load_estimates,
+    numbers_of,
+    save_estimates,
+    written,
+)
 from distill_jax.jobs.on_policy import OnPolicySteering
 from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import Journal
@@ -25,6 +35,7 @@ from distill_jax.rewards.judges import judge_answers, judge_code, judge_knights
 from distill_jax.rewards.sample import Sample, groups_of
 from distill_jax.rewards.sandbox import Sandbox
 from distill_jax.rollout.advantages import zero_variance
+from distill_jax.rollout.estimators import ADVANTAGES, Estimator
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
@@ -63,9 +74,10 @@ class ReinforceSteering(OnPolicySteering):
     spec: Reinforce
 
     def __init__(self, spec: Reinforce, where: Source, opened: Any, tokenizer: Tokenizer, *, student: str, model: Any,
-                 mesh: Mesh, seed: int, folder: Path) -> None:
+                 mesh: Mesh, seed: int, folder: Path, measures: Measures) -> None:
         super().__init__(spec, where, opened, tokenizer, student=student, model=model, mesh=mesh, seed=seed,
                          folder=folder)
+        self._measures = measures
         if not self._round.pack and self.spec.prompts * self.spec.n > self._round.rows * self.every:
             raise ValueError(f"{self.spec.prompts} questions with {self.spec.n} answers each do not fit {self.every} "
                              f"updates of {self._round.rows} rows: raise source.rows, or on_policy.every")
@@ -100,7 +112,10 @@ class ReinforceSteering(OnPolicySteering):
             kept = np.concatenate([kept, self._useful(more, state)])
             samples += more
         self._seconds = time.perf_counter() - began
-        self._write(step, self._scored(samples, kept, state))
+        traces = self._scored(samples, kept, state)
+        if isinstance(self.spec.advantage, Estimator):
+            traces = self._estimated(self.spec.advantage, traces, group_numbers(samples), params, step)
+        self._write(step, traces)
         return {**state, "since": np.int32(step), "asked": np.int32(asked),
                 "reward": self.spec.reward.update(samples, state["reward"])}
 
@@ -122,7 +137,8 @@ class ReinforceSteering(OnPolicySteering):
         trained = kept & np.isin(groups, wanted)
         if self.spec.truncated == "mask":
             trained &= ~np.array([s.truncated for s in samples], bool)
-        advantages = np.asarray(self.spec.advantage(scores.values, groups), np.float64)
+        advantages = (np.zeros(len(samples)) if isinstance(self.spec.advantage, Estimator) else
+                      np.asarray(self.spec.advantage(scores.values, groups), np.float64))
         out = []
         for i, s in enumerate(samples):
             said = {REWARD: float(scores.values[i]), ADVANTAGE: float(advantages[i]), TRAINED: float(trained[i]),
@@ -132,6 +148,20 @@ class ReinforceSteering(OnPolicySteering):
             out.append(s.trace.replace(verdict=verdict, scores={**s.trace.scores, **said}))
         return out
 
+    def _estimated(self, estimator: Estimator, traces: list[Trace], groups: np.ndarray, params: Mapping[str, Any],
+                   step: int) -> list[Trace]:
+        """Write the estimates of the round; -> traces whose advantage is the mean over their tokens."""
+        rows = [render(t, self._tok) for t in traces]
+        said = estimate(estimator, traces, rows, [t.scores[REWARD] for t in traces], groups,
+                        [t.scores[TRAINED] > 0 for t in traces], self._measures(estimator, params, rows))
+        if jax.process_index() == 0:
+            save_estimates(self._estimates(step), said)
+        means = [float(a[written(r)].mean()) for a, r in zip(said[ADVANTAGES], rows)]
+        return [t.replace(scores={**t.scores, ADVANTAGE: m}) for t, m in zip(traces, means)]
+
+    def _estimates(self, step: int) -> Path:
+        return Path(f"{self._path(step)}.npz")
+
     def source(self, state: State) -> BatchSource:
         """The batches of the round of `state`."""
         since = int(state["since"])
@@ -140,7 +170,9 @@ class ReinforceSteering(OnPolicySteering):
         chosen = np.flatnonzero([t.scores[TRAINED] > 0 for t in traces])
         names = {g: i for i, g in enumerate(dict.fromkeys(t.group for t in traces), 1)}
         rowset = open_rows(store, chosen, self._tok, Style(), (), self._seed)
-        fields = fields_of([traces[i] for i in chosen], names, rowset.lengths)
+        said = load_estimates(self._estimates(since)) if isinstance(self.spec.advantage, Estimator) else {}
+        fields = fields_of([traces[i] for i in chosen], names, rowset.lengths,
+                           {name: [of[i] for i in chosen] for name, of in said.items()})
         spec, opened = dataclasses.replace(self._round, path=self._path(since)), self._opened
         made = Plan.nothing(spec.seq_len) if not len(chosen) else plan(
             rowset.lengths, seq_len=spec.seq_len, seed=self._seed + since, pack=spec.pack)
@@ -153,11 +185,13 @@ class ReinforceSteering(OnPolicySteering):
         """
         traces = list(TraceStore.open(self._path(int(state["since"]))).traces())
         numbers = summary(traces)
-        written = sum(len(t.encoded.ids) - t.encoded.prompt_length for t in traces if t.encoded is not None)
+        if isinstance(self.spec.advantage, Estimator):
+            numbers |= numbers_of(load_estimates(self._estimates(int(state["since"]))), traces)
+        sampled = sum(len(t.encoded.ids) - t.encoded.prompt_length for t in traces if t.encoded is not None)
         sequences = self.source(state).parts[0].plan.sequences
         numbers["left_out"] = float(max(0, sequences - self._round.rows * self.every))
         if self._seconds:
-            numbers["tokens_per_second"] = written / self._seconds
+            numbers["tokens_per_second"] = sampled / self._seconds
         return {f"rollouts/{name}": v for name, v in numbers.items()}
 
 
@@ -197,8 +231,10 @@ def group_numbers(samples: Sequence[Sample]) -> np.ndarray:
     return out
 
 
-def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.ndarray) -> dict[str, PerToken]:
-    """`advantages`, `behaviour_logprobs` and `group_ids` (from 1) of rollouts of these lengths."""
+def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.ndarray, estimates: Estimates,
+              ) -> dict[str, PerToken]:
+    """`advantages`, `behaviour_logprobs` and `group_ids` (from 1) of rollouts of these lengths; what `estimates` says
+    of each token goes before the one advantage of an answer."""
     dtypes = {"advantages": np.float32, "behaviour_logprobs": np.float32, "group_ids": np.int32}
     out: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
     for t, n in zip(traces, lengths.tolist()):
@@ -206,7 +242,8 @@ def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.nd
         out["advantages"].append(np.full(n, t.scores[ADVANTAGE], np.float32))
         out["behaviour_logprobs"].append(np.asarray(t.encoded.logprobs, np.float32))
         out["group_ids"].append(np.full(n, groups[t.group], np.int32))
-    return {name: PerToken(dtype, out[name]) for name, dtype in dtypes.items()}
+    return {**{name: PerToken(dtype, out[name]) for name, dtype in dtypes.items()},
+            **{name: PerToken(np.float32, of) for name, of in estimates.items()}}
 
 
 def summary(traces: Sequence[Trace]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import Readings, check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.jobs.estimates import Measures
 from distill_jax.jobs.mixing import steering_of
 from distill_jax.jobs.on_policy import OnPolicySteering
 from distill_jax.jobs.opening import readings_of
@@ -117,14 +118,15 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     frozen |= stored_heads(source, objective.signals, student, mesh)
     flops = {n: Flops.of(c, trained=n in trained) for n, c in configs.items()}
     trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
-    specs = {n: stage.projectors[n].optim or stage.optim if n in projectors else stage.optim for n in trained}
+    specs = {n: stage.providers[n].optim or stage.optim for n in trained}
     optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
     config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.made_views, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
     opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
     if isinstance(stage.on_policy, Reinforce):
-        steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
+        steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder,
+                                     measures=Measures(config, frozen), **opened)
     elif stage.on_policy is not None:
         steering = OnPolicySteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
     else:

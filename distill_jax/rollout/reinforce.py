@@ -7,6 +7,7 @@ from typing import Any, Literal
 from distill_jax.rewards.algebra import Node, Reward
 from distill_jax.rewards.outcome import outcome
 from distill_jax.rollout.advantages import group_z
+from distill_jax.rollout.estimators import Estimator
 from distill_jax.rollout.on_policy import OnPolicy
 
 Judge = Literal["answers", "knights", "code"]
@@ -21,7 +22,8 @@ class Reinforce(OnPolicy):
 
     judge      who finds what is right: the answer checker, Knights and Knaves by person, unit tests in a sandbox
     reward     what an answer is worth (`rewards.algebra`)
-    advantage  (rewards [N], groups [N]) -> [N], `rollout.advantages`
+    advantage  (rewards [N], groups [N]) -> [N], `rollout.advantages`; or an estimator for single tokens, which may ask
+               a critic and a reference (`rollout.estimators`: `Gae`, `ReinforcePlusPlus`, `Penalised`)
     equal      groups whose rewards are all equal: "drop" them (no gradient under a group baseline), or "keep"
     refill     most further samplings that fill up what was dropped with other questions (DAPO's dynamic sampling)
     truncated  answers that the length limit cut: "train" on them, or "mask" them (overlong filtering)
@@ -33,7 +35,7 @@ class Reinforce(OnPolicy):
     n: int = 8
     judge: Judge = "answers"
     reward: Node = Reward(fn=outcome)
-    advantage: Callable[..., Any] = group_z
+    advantage: Callable[..., Any] | Estimator = group_z
     equal: Literal["drop", "keep"] = "drop"
     refill: int = 0
     truncated: Literal["train", "mask"] = "train"

@@ -72,15 +72,15 @@ def world(tmp_path_factory):
     return teacher_folder(root / "student", tok), root / "store"
 
 
-def recipe(world, runs, *, rows=16, pack=False, steps=4, lr=0.01, policy=None, **kwargs):
+def recipe(world, runs, *, rows=16, pack=False, steps=4, lr=0.01, policy=None, providers=None, saving=100, **kwargs):
     student, store = world
     options = {"prompts": 4, "n": 4, "reward": REWARD, "batch_size": 16,
                "sampling": Sampling(temperature=1.0, max_new_tokens=24)} | kwargs
     terms = policy or {"policy": TokenTerm(ppo_clip, per=sequence_mean), **policy_metrics()}
     return Recipe(name="rl", runs=str(runs), mesh=MeshShape(data=1, fsdp=8), stages=(Stage(
         source=Store(path=str(store), rows=rows, seq_len=96, pack=pack), terms=terms, steps=steps, log_every=1,
-        providers={"student": Student(model=str(student))}, on_policy=Reinforce(**options),
-        optim=AdamW(peak_lr=lr, warmup=1), saving=Saving(steps=100, keep=1)),))
+        providers={"student": Student(model=str(student)), **(providers or {})}, on_policy=Reinforce(**options),
+        optim=AdamW(peak_lr=lr, warmup=1), saving=Saving(steps=saving, keep=1)),))
 
 
 def metrics(folder, name):
