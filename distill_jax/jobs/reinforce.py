@@ -29,6 +29,7 @@ from distill_jax.jobs.estimates import (
     written,
 )
 from distill_jax.jobs.on_policy import OnPolicySteering
+from distill_jax.jobs.rounds import count_round
 from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import Journal
 from distill_jax.rewards.judges import judge_answers, judge_code, judge_knights
@@ -116,8 +117,11 @@ class ReinforceSteering(OnPolicySteering):
         if isinstance(self.spec.advantage, Estimator):
             traces = self._estimated(self.spec.advantage, traces, group_numbers(samples), params, step)
         self._write(step, traces)
-        return {**state, "since": np.int32(step), "asked": np.int32(asked),
-                "reward": self.spec.reward.update(samples, state["reward"])}
+        new = {**state, "since": np.int32(step), "asked": np.int32(asked),
+               "reward": self.spec.reward.update(samples, state["reward"])}
+        if jax.process_index() == 0:
+            count_round(self._folder, self._measures.config, self.source(new), step, self.every, sampled_tokens(traces))
+        return new
 
     def _useful(self, samples: Sequence[Sample], state: State) -> np.ndarray:
         """bool [N]: samples of groups that teach something."""
@@ -187,11 +191,10 @@ class ReinforceSteering(OnPolicySteering):
         numbers = summary(traces)
         if isinstance(self.spec.advantage, Estimator):
             numbers |= numbers_of(load_estimates(self._estimates(int(state["since"]))), traces)
-        sampled = sum(len(t.encoded.ids) - t.encoded.prompt_length for t in traces if t.encoded is not None)
         sequences = self.source(state).parts[0].plan.sequences
         numbers["left_out"] = float(max(0, sequences - self._round.rows * self.every))
         if self._seconds:
-            numbers["tokens_per_second"] = sampled / self._seconds
+            numbers["tokens_per_second"] = sampled_tokens(traces) / self._seconds
         return {f"rollouts/{name}": v for name, v in numbers.items()}
 
 
@@ -244,6 +247,11 @@ def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.nd
         out["group_ids"].append(np.full(n, groups[t.group], np.int32))
     return {**{name: PerToken(dtype, out[name]) for name, dtype in dtypes.items()},
             **{name: PerToken(np.float32, of) for name, of in estimates.items()}}
+
+
+def sampled_tokens(traces: Sequence[Trace]) -> int:
+    """Tokens of all answers."""
+    return sum(len(t.encoded.ids) - t.encoded.prompt_length for t in traces if t.encoded is not None)
 
 
 def summary(traces: Sequence[Trace]) -> dict[str, float]:

@@ -99,13 +99,17 @@ class Checkpoints:
         self._manager.close()
 
 
-def latest_step(folder: str | Path) -> int | None:
-    """Step of the newest complete checkpoint in `folder`; safe while a run is writing there. None: there is none."""
+def complete_steps(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, in order; safe while a run is writing there."""
     root = epath.Path(folder)
     if not root.exists():
-        return None
-    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / COMMITTED).exists()]
-    return max(steps, default=None)
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / COMMITTED).exists())
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """Step of the newest complete checkpoint in `folder`; None: there is none."""
+    return max(complete_steps(folder), default=None)
 
 
 def latest_params(folder: str | Path, provider: str = "student", *,
