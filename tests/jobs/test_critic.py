@@ -1,16 +1,20 @@
 """PPO: advantages by hand, what a critic says of a round, and a run that learns, is killed and goes on."""
 
+import io
 import os
 import signal
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from distill_jax.core import spec
+from distill_jax.jobs.clipping import clipped
 from distill_jax.jobs.estimates import load_estimates, written
 from distill_jax.jobs.reinforce import ReinforceSteering, RoundSource
 from distill_jax.jobs.run_recipe import run_recipe
+from distill_jax.jobs.show_rollouts import show_rollouts
 from distill_jax.loading import load
 from distill_jax.losses.rows.value import value_error
 from distill_jax.losses.tokens.policy import ppo_clip
@@ -22,6 +26,7 @@ from distill_jax.rollout.advantages import gae
 from distill_jax.rollout.estimators import Gae, Penalised
 from distill_jax.rollout.scoring import SignalSpec, score_rows
 from distill_jax.traces.store import TraceStore
+from distill_jax.traces.trace import FLAG_TRUNCATED
 from distill_jax.train.checkpoint import latest_params
 from distill_jax.train.optim import AdamW
 from tests.jobs.test_reinforce import metrics, recipe, world
@@ -72,6 +77,7 @@ def test_killed_and_started_again_ends_with_the_same_bits_and_its_fields_are_rig
         for a, b in zip(*(jax.tree.leaves(params(r, provider)) for r in (cut, whole)), strict=True):
             np.testing.assert_array_equal(a, b)
     check_fields(whole, world[0], seen)
+    check_clipping(whole)
     assert len(metrics(whole.folder, "value")) == 4 and metrics(whole.folder, "rollouts/explained_variance")
 
 
@@ -106,6 +112,32 @@ def check_fields(run, start, seen):
                 for name in ("advantages", "returns", "old_values"):
                     np.testing.assert_array_equal(main.fields[name][b][there], said[name][i])
         assert not wanted
+
+
+def check_clipping(run):
+    """`rollouts inspect --clip`: the ratios under the checkpoint at the end, with the bounds of the recipe's term."""
+    store = TraceStore.open(str(run.folder / "rollouts" / "0000002"))
+    traces = list(store.traces())
+    found = clipped(run.folder, 2, store, traces)
+    assert (found.checkpoint, found.rule) == (4, "ppo_clip()")
+    advantages = load_estimates(run.folder / "rollouts" / "0000002.npz")["advantages"]
+    scored = score_rows(*load(run.folder), found.rows, SignalSpec.parse("token"))
+    for row, trace, a, s, marks in zip(found.rows, traces, advantages, scored, found.marks, strict=True):
+        ratio = np.exp(s.logprobs - trace.encoded.logprobs)
+        np.testing.assert_array_equal(marks, written(row) & (((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0))))
+    share = sum(m.sum() for m in found.marks) / sum(t.sum() for t in found.trained)
+    assert 0 < share < 1
+    console = Console(record=True, width=200, file=io.StringIO())
+    show_rollouts(str(run.folder), 3, console, groups=range(4), clip=(None, None))
+    shown = console.export_text()
+    assert f"clipped by ppo_clip() under the checkpoint of update 4: {share:.2%} of the trained tokens" in shown
+    cut = [t for t in traces if FLAG_TRUNCATED in t.flags]
+    assert shown.count("[cut here: the limit of 24 tokens]") == len(cut) > 0
+    assert shown.split("group 0:")[1].count("\u27e6") == shown.split("group 0:")[1].count("\u27e7") > 0
+    wider = clipped(run.folder, 2, store, traces, low=0.9)
+    assert wider.rule == "ppo_clip(low=0.9, high=0.2)"
+    assert sum(m.sum() for m in wider.marks) < sum(m.sum() for m in found.marks)
+    assert not any((w & ~f).any() for w, f in zip(wider.marks, found.marks, strict=True))
 
 
 def test_a_critic_approaches_a_constant_reward(world, tmp_path):
