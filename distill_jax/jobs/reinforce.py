@@ -19,6 +19,7 @@ from distill_jax.data.rowset import open_rows
 from distill_jax.data.source_specs import Source
 from distill_jax.data.sources import BatchSource, PerToken, RowSource
 from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.jobs.context import say
 from distill_jax.jobs.estimates import (
     Estimates,
     Measures,
@@ -34,7 +35,7 @@ from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import Journal
 from distill_jax.rewards.judges import judge_answers, judge_code, judge_knights
 from distill_jax.rewards.sample import Sample, groups_of
-from distill_jax.rewards.sandbox import Sandbox
+from distill_jax.rewards.sandbox import Sandbox, SandboxUnavailable
 from distill_jax.rollout.advantages import zero_variance
 from distill_jax.rollout.estimators import ADVANTAGES, Estimator
 from distill_jax.rollout.reinforce import Reinforce
@@ -204,10 +205,23 @@ def judge_of(spec: Reinforce, journal: Journal) -> tuple[Callable[[Sequence[Samp
     if spec.judge == "knights":
         return judge_knights, lambda: None
     if spec.judge == "code":
-        sandbox = Sandbox()
+        sandbox = sandbox_of(spec)
         return lambda samples: judge_code(samples, sandbox, journal), sandbox.close
     checker = Checker()
     return lambda samples: judge_answers(samples, checker, journal), checker.close
+
+
+def sandbox_of(spec: Reinforce) -> Sandbox:
+    """Where programs that the student wrote run. Raises ValueError where they cannot be shut in and nobody allowed
+    that; where somebody did, it says so."""
+    if spec.unsafe_code:
+        say("WARNING: unsafe code is allowed: programs that the model writes run as this user, with its files and its "
+            "network; only time, memory and output are limited")
+    try:
+        return Sandbox(unsafe=spec.unsafe_code)
+    except SandboxUnavailable as e:
+        raise ValueError(f"judge='code' runs programs that the student wrote, and {e}: in a recipe "
+                         "Reinforce(unsafe_code=True), for one start `distill-jax train --unsafe-code`") from e
 
 
 def sample_of(trace: Trace, tok: Tokenizer) -> Sample:

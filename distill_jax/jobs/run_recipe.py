@@ -1,6 +1,7 @@
 """Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from distill_jax.jobs import processes
 from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, write_json
 from distill_jax.loading import local_folder
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage
+from distill_jax.rollout.reinforce import Reinforce
 
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
@@ -58,6 +60,15 @@ def _final(recipe: Recipe) -> str:
     """Name of the last training stage: the model that `load(runs/<name>)` means."""
     trained = [s.name for s in recipe.stages if isinstance(s, Stage)]
     return trained[-1] if trained and len(recipe.stages) > 1 else ""
+
+def allow_unsafe_code(recipe: Recipe) -> Recipe:
+    """The recipe with `unsafe_code=True` in every stage that judges code. Raises ValueError where none does."""
+    judges = lambda s: isinstance(s, Stage) and isinstance(s.on_policy, Reinforce) and s.on_policy.judge == "code"
+    if not any(map(judges, recipe.stages)):
+        raise ValueError(f"--unsafe-code: no stage of recipe {recipe.name!r} runs code (on_policy.judge='code')")
+    allow = lambda s: replace(s, on_policy=replace(s.on_policy, unsafe_code=True)) if judges(s) else s
+    return replace(recipe, stages=tuple(map(allow, recipe.stages)))
+
 
 def write_or_compare(recipe: Recipe) -> None:
     """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference. Where the first

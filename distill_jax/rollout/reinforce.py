@@ -27,6 +27,7 @@ class Reinforce(OnPolicy):
     equal      groups whose rewards are all equal: "drop" them (no gradient under a group baseline), or "keep"
     refill     most further samplings that fill up what was dropped with other questions (DAPO's dynamic sampling)
     truncated  answers that the length limit cut: "train" on them, or "mask" them (overlong filtering)
+    unsafe_code  judge="code" where the platform cannot shut programs in: run them as this user, with limits only
     """
 
     share: float = 1.0
@@ -39,6 +40,7 @@ class Reinforce(OnPolicy):
     equal: Literal["drop", "keep"] = "drop"
     refill: int = 0
     truncated: Literal["train", "mask"] = "train"
+    unsafe_code: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +49,9 @@ class Reinforce(OnPolicy):
                              "sequences belong into a stage of their own")
         if self.n < 2 and self.equal == "drop":
             raise ValueError(f"n={self.n} answers to a question always have equal rewards: raise n, or equal='keep'")
+        if self.unsafe_code and self.judge != "code":
+            raise ValueError(f"unsafe_code=True allows judge='code' to run programs without isolation, and judge is "
+                             f"{self.judge!r}: drop one of them")
         if self.refill < 0 or (self.refill and self.equal == "keep"):
             raise ValueError(f"refill replaces groups that were dropped: needs equal='drop', got refill={self.refill} "
                              f"and equal={self.equal!r}")
