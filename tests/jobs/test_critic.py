@@ -20,7 +20,7 @@ from distill_jax.losses.rows.value import value_error
 from distill_jax.losses.tokens.policy import ppo_clip
 from distill_jax.objective.term import Term
 from distill_jax.objective.tokens import TokenTerm
-from distill_jax.recipe import Critic, Frozen
+from distill_jax.recipe import Critic, Frozen, Student
 from distill_jax.rewards.algebra import Reward
 from distill_jax.rollout.advantages import gae
 from distill_jax.rollout.estimators import Gae, Penalised
@@ -38,11 +38,14 @@ def one(sample):
     return 1.0
 
 
-def ppo(world, runs, *, rows=8, every=2, estimator=None, **kwargs):
+OPTIM = AdamW(peak_lr=0.1, warmup=1)
+
+
+def ppo(world, runs, *, rows=8, every=2, estimator=None, others=None, **kwargs):
     """A critic that does not move the student, KL to the start in the reward."""
     terms = {"policy": TokenTerm(ppo_clip),
              "value": Term(value_error, student="critic/main", target="fields", weight=0.5, kwargs={"clip": 0.2})}
-    providers = {"reference": Frozen(str(world[0])), "critic": Critic(optim=AdamW(peak_lr=0.1, warmup=1))}
+    providers = {"reference": Frozen(str(world[0])), "critic": Critic(optim=OPTIM), **(others or {})}
     estimator = estimator or Gae(gamma=0.9, lam=0.8, reference="reference", beta=0.1, whiten=False)
     return recipe(world, runs, rows=rows, every=every, policy=terms, providers=providers, advantage=estimator,
                   equal="keep", **kwargs)
@@ -141,9 +144,11 @@ def check_clipping(run):
 
 
 def test_a_critic_approaches_a_constant_reward(world, tmp_path):
-    """gamma = lam = 1 and a reward of 1: every return is 1; first the advantages are, later the values."""
+    """gamma = lam = 1 and a reward of 1: every return is 1; first the advantages are, later the values. The critic has
+    a model of its own, which learns at its own rate beside a student that stands still."""
+    trunk = Student(model=str(world[0]), optim=AdamW(peak_lr=1e-3, warmup=1))
     r = ppo(world, tmp_path, steps=8, every=1, rows=16, estimator=Gae(lam=1.0, whiten=False), reward=Reward(fn=one),
-            lr=0.0)
+            lr=0.0, others={"trunk": trunk, "critic": Critic(reads="trunk", detach=False, optim=OPTIM)})
     assert run_recipe(r, lambda line: None)
     np.testing.assert_allclose(metrics(r.folder, "rollouts/return"), 1.0, atol=1e-6)
     values = metrics(r.folder, "rollouts/value")
@@ -151,6 +156,9 @@ def test_a_critic_approaches_a_constant_reward(world, tmp_path):
     first = load_estimates(r.folder / "rollouts" / "0000000.npz")
     for a, b in zip(first["advantages"], first["returns"], strict=True):
         np.testing.assert_array_equal(a, b)
+    moved = {name: max(float(np.abs(a - b).max()) for a, b in zip(*(jax.tree.leaves(p) for p in (
+        params(r, name), load(world[0])[1])), strict=True)) for name in ("student", "trunk")}
+    assert moved["student"] == 0 and moved["trunk"] > 1e-4, moved
 
 
 def test_what_cannot_be_is_said(world, tmp_path):
