@@ -120,10 +120,8 @@ class CrossModelAttention:
 
 @dataclass(frozen=True, kw_only=True)
 class Critic:
-    """A trained value of the state before each token, read off a model's final states (`models.projectors.ValueHead`).
-
-    It is trained by `Term(value_error, student="critic/main", target="fields")`, and asked for the values of every
-    round by an estimator (`Reinforce(advantage=Gae(critic="critic"))`).
+    """A trained value of the state before each token, read off a model's final states (`models.projectors.ValueHead`):
+    `Term(value_error, student="critic/main", target="fields")` trains it, `Gae(critic="critic")` asks it.
 
     reads   provider whose states it reads: the student, or a trainable model of its own
     detach  True: the critic does not move that model; False: it does
@@ -215,12 +213,12 @@ class Stage:
             raise ValueError(f"stage {self.name!r} reinforces: its terms are TokenTerms (or a critic's, "
                              'target="fields"), and heldout=0, for rows that nobody sampled have no advantages; got '
                              f"TokenTerms {policy} of {sorted(self.terms)} and heldout={self.heldout}")
-        if isinstance(reinforce.advantage, Estimator):
-            for name, kind in ((reinforce.advantage.critic, Critic), (reinforce.advantage.reference, Student)):
-                if name and not isinstance(self.providers.get(name), kind):
-                    there = sorted(n for n, p in self.providers.items() if isinstance(p, kind))
-                    raise ValueError(f"stage {self.name!r}: {type(reinforce.advantage).__name__} reads the provider "
-                                     f"{name!r}, which must be a {kind.__name__}; there are {there}")
+        asks = reinforce.advantage
+        for name, kind in ((asks.critic, Critic), (asks.reference, Student)) if isinstance(asks, Estimator) else ():
+            if name and not isinstance(self.providers.get(name), kind):
+                there = sorted(n for n, p in self.providers.items() if isinstance(p, kind))
+                raise ValueError(f"stage {self.name!r}: {type(asks).__name__} reads the provider {name!r}, which must "
+                                 f"be a {kind.__name__}; there are {there}")
 
     @property
     def models(self) -> dict[str, Student]:

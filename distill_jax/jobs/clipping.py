@@ -19,7 +19,7 @@ from distill_jax.losses.tokens.ratios import BEHAVIOUR, Corrected
 from distill_jax.objective.tokens import TokenTerm
 from distill_jax.recipe import Recipe, Stage
 from distill_jax.rollout.scoring import SignalSpec, score_rows
-from distill_jax.traces.store import Row, TraceStore
+from distill_jax.traces.store import Row, TokenRow, TraceStore
 from distill_jax.traces.trace import Trace
 from distill_jax.train.checkpoint import complete_steps
 
@@ -58,10 +58,11 @@ def clipped(stage: Path, since: int, store: TraceStore, traces: Sequence[Trace],
     model, params = load(stage, step=checkpoint)
     rows = [store.row(i) for i in range(len(store))]
     scored = score_rows(model, params, rows, SignalSpec.parse("token"))
+    logprobs = [s.logprobs for s in scored if isinstance(s, TokenRow)]
     trained = [_trained(r, t, term.on) for r, t in zip(rows, traces)]
     fields = {"advantages": _advantages(stage, since, traces, rows), BEHAVIOUR: [_behaviour(t) for t in traces]}
     said = {k: v for k, v in term.kwargs.items() if not callable(v)}
-    marks = _dropped(term, said, [s.logprobs for s in scored], trained, fields)
+    marks = _dropped(term, said, logprobs, trained, fields)
     name = getattr(term.loss, "__name__", type(term.loss).__name__)
     settings = ", ".join(f"{k}={v}" for k, v in said.items())
     return Clipped(checkpoint=checkpoint, rule=f"{name}({settings})", rows=rows, trained=trained, marks=marks)

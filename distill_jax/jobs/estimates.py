@@ -115,11 +115,10 @@ def estimate(estimator: Estimator, traces: Sequence[Trace], rows: Sequence[Row],
 def save_estimates(path: Path, estimates: Estimates) -> None:
     """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lengths = [len(x) for x in estimates[ADVANTAGES]]
+    arrays: dict[str, Any] = {name: np.concatenate([*of, np.zeros(0, np.float32)]) for name, of in estimates.items()}
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
-        np.savez(file, lengths=np.array(lengths, np.int64),
-                 **{name: np.concatenate([*of, np.zeros(0, np.float32)]) for name, of in estimates.items()})
+        np.savez(file, lengths=np.array([len(x) for x in estimates[ADVANTAGES]], np.int64), **arrays)
     part.replace(path)
 
 

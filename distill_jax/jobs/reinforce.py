@@ -120,8 +120,7 @@ class ReinforceSteering(OnPolicySteering):
         self._write(step, traces)
         new = {**state, "since": np.int32(step), "asked": np.int32(asked),
                "reward": self.spec.reward.update(samples, state["reward"])}
-        if jax.process_index() == 0:
-            count_round(self._folder, self._measures.config, self.source(new), step, self.every, sampled_tokens(traces))
+        count_round(self._folder, self._measures.config, self.source(new), step, self.every, sampled_tokens(traces))
         return new
 
     def _useful(self, samples: Sequence[Sample], state: State) -> np.ndarray:
