@@ -32,13 +32,15 @@ TOKENIZER = ("tokenizer.json*", "tokenizer.model*", "vocab.json*", "*.model")
 
 
 def load(source: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES, dtype: Any = jnp.float32,
-         compute: Any = None, provider: str | None = None, **model_kwargs: Any) -> tuple[Transformer, dict[str, Any]]:
+         compute: Any = None, provider: str | None = None, step: int | None = None, **model_kwargs: Any,
+         ) -> tuple[Transformer, dict[str, Any]]:
     """The model and its parameters, laid out over `mesh` by `rules` (or on the first device).
 
     source    run (`runs/<name>` or a stage in it), Hugging Face directory, hub id, `gs://` or `s3://` URL of either
     dtype     of the parameters; None keeps what is stored
     compute   dtype of the computation (default: the parameters', float32 where they keep the stored one)
     provider  which trained model of a run; default: `student`, or the only one there is
+    step      update whose checkpoint of a run; default: the newest
     model_kwargs: remat, attention of `Transformer`.
     Ids that the tokenizer beside the model does not have get no probability (`ModelConfig.real_vocab`).
     Raises ValueError saying what was found where no model could be read.
@@ -47,7 +49,7 @@ def load(source: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT
     model_kwargs["dtype"] = compute or dtype or jnp.float32
     if is_run(folder):
         model = Transformer(from_hf(hf.read_config(folder / "model")), **model_kwargs)
-        params = _from_checkpoint(folder, model, provider, mesh=mesh, rules=rules, dtype=dtype)
+        params = _from_checkpoint(folder, model, provider, mesh=mesh, rules=rules, dtype=dtype, step=step)
     else:
         model, params = hf.load(folder, mesh=mesh, rules=rules, param_dtype=dtype, **model_kwargs)
     return model.clone(config=_with_real_ids(model.config, folder)), params
@@ -129,14 +131,14 @@ def _download(url: str) -> Path:
 
 
 def _from_checkpoint(folder: Path, model: Transformer, provider: str | None, *, mesh: Mesh | None, rules: Rules,
-                     dtype: Any) -> dict[str, Any]:
+                     dtype: Any, step: int | None) -> dict[str, Any]:
     checkpoints = folder / "checkpoints"
     if provider is None:
         trained = checkpoints / str(latest_step(checkpoints)) / "params"
         names = sorted(p.name for p in trained.iterdir()) if trained.is_dir() else []
         provider = names[0] if len(names) == 1 else "student"
     shardings = None if mesh is None else lambda shapes: param_shardings(mesh, shapes, rules)
-    params = latest_params(checkpoints, provider, shardings=shardings, dtype=dtype)
+    params = latest_params(checkpoints, provider, shardings=shardings, dtype=dtype, step=step)
     want = {name: leaf.shape for name, leaf in paths(hf.param_shapes(model))}
     have = {name: leaf.shape for name, leaf in paths(params)}
     if want != have:

@@ -24,6 +24,7 @@ from distill_jax.models.config import ModelConfig
 from distill_jax.objective.coupled import Layer
 from distill_jax.objective.term import AnyTerm
 from distill_jax.objective.tokens import TokenTerm
+from distill_jax.rollout.estimators import Estimator
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.train.optim import AdamW
@@ -40,6 +41,7 @@ class Student:
     precision   dtype of the computation; parameters of trained models are float32 masters
     remat       "none", "dots" (keep matmul results) or "full" (recompute each layer)
     attention   "auto" or the name of one implementation (`models.attention`)
+    optim       its own optimiser; None: the stage's
     """
 
     model: str | None = None
@@ -50,6 +52,7 @@ class Student:
     remat: Literal["none", "dots", "full"] = "none"
     attention: str = "auto"
     init_seed: int = 0
+    optim: AdamW | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config is None):
@@ -115,7 +118,28 @@ class CrossModelAttention:
         return self.student, self.teacher
 
 
-AnyProjector = Projector | CrossModelAttention
+@dataclass(frozen=True, kw_only=True)
+class Critic:
+    """A trained value of the state before each token, read off a model's final states (`models.projectors.ValueHead`):
+    `Term(value_error, student="critic/main", target="fields")` trains it, `Gae(critic="critic")` asks it.
+
+    reads   provider whose states it reads: the student, or a trainable model of its own
+    detach  True: the critic does not move that model; False: it does
+    optim   its own optimiser; None: the stage's
+    """
+
+    reads: str = "student"
+    detach: bool = True
+    optim: AdamW | None = None
+    init_seed: int = 0
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The provider it stands on."""
+        return (self.reads,)
+
+
+AnyProjector = Projector | CrossModelAttention | Critic
 AnyView = Retokenised | Derived | Callable[[Stream], Stream]
 
 
@@ -140,7 +164,7 @@ class Saving:
 class Stage:
     """Training: batches of `source` through `providers`, the sum of `terms`, `optim` for `steps` updates.
 
-    providers      models, and trained projectors between them
+    providers      models, trained projectors between them, and critics
     views          further views of the batch's rows: in the tokens of another provider (`Retokenised`), or made of
                    `main` by a function of `data.views` (of another view: `Derived`)
     micro_batches  gradient accumulation; does not change the gradient (but see `objective.coupled` for what couples
@@ -170,11 +194,8 @@ class Stage:
         if self.on_policy and (stored or getattr(self.source, "controller", None)):
             raise ValueError(f"on_policy: nothing is stored for what the student writes, so terms {stored} need a live "
                              'teacher (target="teacher/main"), and the shares of a Mix cannot be steered')
-        policy = sorted(n for n, t in self.terms.items() if isinstance(t, TokenTerm))
-        if isinstance(self.on_policy, Reinforce) and (self.heldout or len(policy) < len(self.terms)):
-            raise ValueError(f"stage {self.name!r} reinforces: its terms are TokenTerms, and heldout=0, for rows that "
-                             f"nobody sampled have no advantages; got TokenTerms {policy} of {sorted(self.terms)} and "
-                             f"heldout={self.heldout}")
+        if isinstance(self.on_policy, Reinforce):
+            self._check_reinforce(self.on_policy)
         if not any(p.trainable for p in self.models.values()):
             raise ValueError(f"stage {self.name!r} trains no model: no provider has trainable=True")
         for name, view in self.retokenised.items():
@@ -183,8 +204,21 @@ class Stage:
                                  f"is no such model; models: {sorted(self.models)}")
         for name, projector in self.projectors.items():
             if missing := sorted(set(projector.models) - set(self.models)):
-                raise ValueError(f"provider {name!r} of stage {self.name!r} maps between {list(projector.models)}, and "
+                raise ValueError(f"provider {name!r} of stage {self.name!r} stands on {list(projector.models)}, and "
                                  f"there is no model {missing}; models: {sorted(self.models)}")
+
+    def _check_reinforce(self, reinforce: Reinforce) -> None:
+        policy = sorted(n for n, t in self.terms.items() if isinstance(t, TokenTerm) or t.target == "fields")
+        if self.heldout or len(policy) < len(self.terms):
+            raise ValueError(f"stage {self.name!r} reinforces: its terms are TokenTerms (or a critic's, "
+                             'target="fields"), and heldout=0, for rows that nobody sampled have no advantages; got '
+                             f"TokenTerms {policy} of {sorted(self.terms)} and heldout={self.heldout}")
+        asks = reinforce.advantage
+        for name, kind in ((asks.critic, Critic), (asks.reference, Student)) if isinstance(asks, Estimator) else ():
+            if name and not isinstance(self.providers.get(name), kind):
+                there = sorted(n for n, p in self.providers.items() if isinstance(p, kind))
+                raise ValueError(f"stage {self.name!r}: {type(asks).__name__} reads the provider {name!r}, which must "
+                                 f"be a {kind.__name__}; there are {there}")
 
     @property
     def models(self) -> dict[str, Student]:
@@ -371,30 +405,3 @@ def _unknown(recipe: Recipe, path: str) -> ValueError:
     known |= {p.removeprefix("providers.") for p in known}
     ranked = difflib.get_close_matches(path, sorted(known), n=3, cutoff=0.4)
     return ValueError(f"--set {path}: no such field" + (f"; did you mean {', '.join(ranked)}?" if ranked else ""))
-
-
-def write_or_compare(recipe: Recipe) -> None:
-    """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference. Where the first
-    start failed before anything was made, there is nothing to keep and the corrected recipe takes its place."""
-    path = recipe.folder / "recipe.yaml"
-    new = spec.to_plain(recipe)
-    if path.is_file():
-        old = spec.parse(path.read_text(), str(path))
-        changes = spec.diff(old, new)
-        if changes and _begun(recipe.folder):
-            raise ValueError(f"{recipe.folder} was made by another recipe:\n  " + "\n  ".join(changes)
-                             + "\nresume with the old values, or give the run another name (--set name=...)")
-        if not changes:
-            return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(recipe.to_yaml())
-    tmp.replace(path)
-
-
-def _begun(folder: Path) -> bool:
-    """Whether a run has made anything: a checkpoint, a store, a report, more than what every start writes."""
-    every_start = {"recipe.yaml", "run.json", "time.json"}
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in every_start)
-    files = (p for p in files if p.stat().st_size and not p.name.startswith("events.out"))
-    return any(p.parent.name != "model" or p.name == "done.json" for p in files)

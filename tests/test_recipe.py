@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill_jax.recipe import Call, Recipe, load_recipe, write_or_compare
+from distill_jax.jobs.run_recipe import write_or_compare
+from distill_jax.recipe import Call, Recipe, load_recipe
 
 SFT = str(Path(__file__).parents[1] / "configs/recipes/sft.py")
 

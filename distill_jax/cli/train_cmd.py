@@ -10,6 +10,8 @@ import typer
 def train(
     recipe: Annotated[Path, typer.Argument(help="a recipe: configs/recipes/kd.py or a run's recipe.yaml")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. optim.peak_lr=1e-5")] = None,
+    unsafe_code: Annotated[bool, typer.Option(
+        "--unsafe-code", help="run programs that the model writes as this user where no sandbox can be had")] = False,
 ) -> None:
     """Run a recipe. The same command continues a run that was stopped, to the bit."""
     from distill_jax.jobs.processes import index, join
@@ -18,7 +20,7 @@ def train(
     from distill_jax.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_)
-    from distill_jax.jobs.run_recipe import run_recipe
+    from distill_jax.jobs.run_recipe import allow_unsafe_code, run_recipe
 
-    if not run_recipe(loaded) and index() == 0:
+    if not run_recipe(allow_unsafe_code(loaded) if unsafe_code else loaded) and index() == 0:
         print("stopped; run the same command to continue", file=sys.stderr)

@@ -42,6 +42,7 @@ class Stream:
       behaviour_logprobs  what the sampler said of the token it drew
       old_logprobs        what the trainer said of it before the first of several updates on the same rollouts
       advantages          constant over a sample unless a method says otherwise
+      returns, old_values what a critic is to say of the state before the token, and what it said at the round
       policy_mask         0 where policy losses are 0 but the token still counts; absent: nowhere
       chosen              1 in chosen (or desirable) sequences, 0 in rejected ones
       rejected            1 in rejected (or undesirable) sequences, 0 elsewhere

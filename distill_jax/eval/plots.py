@@ -13,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from distill_jax.eval.records import Records
+from distill_jax.eval.records import DOCUMENTS, Records
 from distill_jax.eval.stats import Estimate, mean_over_positions, plain
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057")
@@ -23,8 +23,9 @@ DPI = 160
 
 
 def position_curves(models: Mapping[str, Estimate], levels: Mapping[str, float] | None = None,
-                    ks: Sequence[int] | None = None) -> Figure:
-    """Accuracy over the position of the gold document, a panel for each k, 95% bands, `levels` as dashed lines."""
+                    ks: Sequence[int] | None = None, unit: str = DOCUMENTS) -> Figure:
+    """Accuracy over the position of the gold document (or what `unit` says), a panel for each k, 95% bands, `levels` as
+    dashed lines."""
     first = next(iter(models.values())).grid
     shown = [k for k in (ks or first.ks) if len(first.columns(k)) > 1] or first.ks
     across = len(shown) if len(shown) <= 4 else 3
@@ -35,7 +36,7 @@ def position_curves(models: Mapping[str, Estimate], levels: Mapping[str, float] 
         panel.set_visible(False)
     for panel, k in zip(axes, shown, strict=False):
         _style(panel)
-        panel.set_title(f"{k} documents", fontsize=11, color=INK, loc="left", weight="bold")
+        panel.set_title(f"{k} {unit}", fontsize=11, color=INK, loc="left", weight="bold")
         for colour, (name, e) in _coloured(models):
             cells = e.by_cell()
             at = [p for kk, p in e.grid.cells if kk == k]
@@ -48,14 +49,14 @@ def position_curves(models: Mapping[str, Estimate], levels: Mapping[str, float] 
         panel.set_xticks(sorted({p + 1 for kk, p in first.cells if kk == k}))
     for panel in axes[::across]:
         panel.set_ylabel("accuracy")
-    figure.supxlabel("place of the document that holds the answer", fontsize=10, color=INK)
+    figure.supxlabel(f"place of the {unit.removesuffix('s')} that holds the answer", fontsize=10, color=INK)
     _legend(figure, axes[0])
     return figure
 
 
 def accuracy_by_k(models: Mapping[str, Estimate], levels: Mapping[str, float] | None = None,
-                  trained_k: int | None = None) -> Figure:
-    """Mean accuracy over the number of documents, with bands; what lies beyond training is shaded."""
+                  trained_k: int | None = None, unit: str = DOCUMENTS) -> Figure:
+    """Mean accuracy over the number k of documents (or other unit), with bands; what lies beyond training is shaded."""
     figure = Figure(figsize=(6.2, 4.0), layout="constrained")
     panel = figure.subplots()
     _style(panel)
@@ -74,13 +75,13 @@ def accuracy_by_k(models: Mapping[str, Estimate], levels: Mapping[str, float] | 
     panel.set_xticks(ks, [str(k) for k in ks])
     panel.minorticks_off()
     panel.set_xlim(ks[0] / 1.12, ks[-1] * 1.12)
-    panel.set_xlabel("documents in the prompt")
+    panel.set_xlabel(f"{unit} in the prompt")
     panel.set_ylabel("accuracy, mean over positions")
     _legend(figure, panel)
     return figure
 
 
-def heat_map(models: Mapping[str, Estimate]) -> Figure:
+def heat_map(models: Mapping[str, Estimate], unit: str = DOCUMENTS) -> Figure:
     """Accuracy of each model by k and position. A row of cells spans the context, from its start to its end."""
     ks = sorted({k for e in models.values() for k in e.grid.ks})
     figure = Figure(figsize=(0.8 + 3.6 * len(models), 1.5 + 0.55 * len(ks)), layout="constrained")
@@ -102,8 +103,9 @@ def heat_map(models: Mapping[str, Estimate]) -> Figure:
         panel.set_title(name, fontsize=11, color=INK, loc="left", weight="bold")
         for side in panel.spines.values():
             side.set_visible(False)
-    axes[0].set_ylabel("documents", color=INK)
-    figure.supxlabel("place of the document that holds the answer · cells are accuracy in %", fontsize=9, color=INK)
+    axes[0].set_ylabel(unit, color=INK)
+    figure.supxlabel(f"place of the {unit.removesuffix('s')} that holds the answer · cells are accuracy in %",
+                     fontsize=9, color=INK)
     return figure
 
 
@@ -123,7 +125,7 @@ def accuracy_against_tokens(models: Mapping[str, Records]) -> Figure:
         for k, a, b in zip(ks, x, y, strict=True):
             panel.annotate("" if k is None else str(k), (a, b), ha="center", va="center_baseline", fontsize=7.5,
                            color="white", weight="bold", zorder=4, annotation_clip=False)
-    panel.set_xlabel("tokens written for an answer (in the marks: documents)" if records.values("k") else
+    panel.set_xlabel(f"tokens written for an answer (in the marks: {records.unit})" if records.values("k") else
                      "tokens written for an answer")
     panel.set_ylabel("accuracy")
     panel.set_xlim(left=0)

@@ -83,6 +83,17 @@ class LeavesOut(Protocol):
     def left_out(self) -> dict[str, int]: ...
 
 
+DOCUMENTS = "documents"
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A task whose axis `k` counts something other than documents: `unit`, in the plural ("people")."""
+
+    @property
+    def unit(self) -> str: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """What became of one item. A plain JSON value.
@@ -117,12 +128,14 @@ class Records:
 
     about  what is known of the model and worth a line in the report: `training_flops`, `training_seconds`,
            `parameters`, `source`, ...
+    unit   what the axis `k` counts
     """
 
     rows: tuple[Record, ...]
     task: str = ""
     model: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = DOCUMENTS
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,7 +154,7 @@ class Records:
         return float(np.mean([getattr(r, name) for r in self.rows])) if self.rows else float("nan")
 
     def to_json(self) -> dict[str, Any]:
-        return {"task": self.task, "model": self.model, "about": dict(self.about),
+        return {"task": self.task, "unit": self.unit, "model": self.model, "about": dict(self.about),
                 "rows": [dataclasses.asdict(r) for r in self.rows]}
 
     @classmethod
@@ -149,7 +162,8 @@ class Records:
         """Inverse of `to_json`."""
         plain: list[dict[str, Any]] = [{**r, "golds": tuple(r["golds"])} for r in value["rows"]]
         rows = tuple(Record(**r) for r in plain)
-        return cls(task=value["task"], model=value["model"], rows=rows, about=dict(value["about"]))
+        return cls(task=value["task"], model=value["model"], rows=rows, about=dict(value["about"]),
+                   unit=value.get("unit", DOCUMENTS))
 
     def save(self, path: str | Path) -> None:
         """The file appears whole or not at all."""

@@ -18,7 +18,7 @@ class Plan:
                compared with the base as well; None: no difference
     students   listed under "students" in the JSON; by default every model but the teacher
     teacher    listed under "teacher"
-    trained_k  largest number of documents in training, shown in the plot over k
+    trained_k  largest k (documents, or the task's own unit) in training, shown in the plot over k
     extra      further top-level entries of the JSON (`seconds`, FLOPs, settings); scalars are printed as well
     """
 
@@ -52,11 +52,13 @@ def write(directory: str | Path, models: Mapping[str, Records], plan: Plan = Pla
 
 
 def as_json(models: Mapping[str, Records], plan: Plan = Plan()) -> dict[str, Any]:
-    """`{"task", "students": {name: summary}, "teacher": summary, "difference": {k: [value, low, high]}, ...}`."""
+    """`{"task", "unit", "students": {name: summary}, "teacher": summary, "difference": {k: [value, low, high]}, ...}`.
+    """
     summaries = {n: _finite(stats.summary(r, plan.seed, plan.resamples)) for n, r in models.items()}
     students = plan.students or [n for n in models if n != plan.teacher]
     others = {n: s for n, s in summaries.items() if n not in students and n != plan.teacher}
-    value: dict[str, Any] = {"task": next(iter(models.values())).task, "students": {n: summaries[n] for n in students}}
+    first = next(iter(models.values()))
+    value: dict[str, Any] = {"task": first.task, "unit": first.unit, "students": {n: summaries[n] for n in students}}
     if plan.teacher:
         value["teacher"] = summaries[plan.teacher]
     if others:
@@ -74,8 +76,9 @@ def as_json(models: Mapping[str, Records], plan: Plan = Plan()) -> dict[str, Any
 def markdown(value: Mapping[str, Any], models: Mapping[str, Records], plan: Plan, pictures: Sequence[str] = ()) -> str:
     """The report as text."""
     summaries = _summaries(value, models, plan)
-    parts = [f"# {plan.title or value['task']}", *_headline(value, summaries, plan), "## Accuracy by documents",
-             _table(summaries, plan)]
+    parts = [f"# {plan.title or value['task']}", *_headline(value, summaries, plan),
+             f"## Accuracy by {value['unit']}" if _ks(summaries) != [0] else "## Accuracy",
+             _table(summaries, plan, value["unit"])]
     if plan.compare:
         parts += ["## Difference", _difference(value)]
     parts += ["## Cost and failures", _costs(summaries)]
@@ -94,7 +97,7 @@ def markdown(value: Mapping[str, Any], models: Mapping[str, Records], plan: Plan
 def table_text(value: Mapping[str, Any], models: Mapping[str, Records], plan: Plan = Plan()) -> str:
     """The accuracy table and the headline alone, for a terminal."""
     summaries = _summaries(value, models, plan)
-    return "\n\n".join([_table(summaries, plan), *_headline(value, summaries, plan)])
+    return "\n\n".join([_table(summaries, plan, value["unit"]), *_headline(value, summaries, plan)])
 
 
 def _summaries(value: Mapping[str, Any], models: Mapping[str, Records], plan: Plan) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _headline(value: Mapping[str, Any], summaries: Mapping[str, Any], plan: Plan
     within = [k for k in value["difference"] if plan.trained_k is None or int(k) <= plan.trained_k]
     k = (within or list(value["difference"]))[-1]
     d = value["difference"][k]
-    where = f"At {k} documents" if k != "0" else "Overall"
+    where = f"At {k} {value['unit']}" if k != "0" else "Overall"
     text = (f"{where}, **{distilled}** answers {_percent(summaries[distilled]['mean_accuracy'][k])} and **{base}** "
             f"{_percent(summaries[base]['mean_accuracy'][k])}: {_points(d)} points.")
     gap, other = (summaries[n]["position_gap"].get(k) for n in (distilled, base))
@@ -119,8 +122,13 @@ def _headline(value: Mapping[str, Any], summaries: Mapping[str, Any], plan: Plan
     return [text]
 
 
-def _table(summaries: Mapping[str, Any], plan: Plan) -> str:
-    ks = sorted({int(k) for s in summaries.values() for k in s["mean_accuracy"]})
+def _ks(summaries: Mapping[str, Any]) -> list[int]:
+    """Values of the axis `k`; 0 where there is none."""
+    return sorted({int(k) for s in summaries.values() for k in s["mean_accuracy"]})
+
+
+def _table(summaries: Mapping[str, Any], plan: Plan, unit: str) -> str:
+    ks = _ks(summaries)
     beyond = lambda k: " *" if plan.trained_k is not None and k > plan.trained_k else ""
     level = lambda s, key: "-" if s[key] is None else _percent(s[key])
     rows = [["model", *(f"k={k}{beyond(k)}" if k else "all" for k in ks), "gap", "ends - middle", "oracle",
@@ -133,13 +141,13 @@ def _table(summaries: Mapping[str, Any], plan: Plan) -> str:
     rows = [[c for c, column in zip(r, zip(*rows, strict=True), strict=True) if set(column[1:]) != {"-"}] for r in rows]
     notes = [f"gap: best minus worst position; ends - middle: mean of first and last minus mean of the rest, both at "
              f"k={gap_k}."] if "gap" in rows[0] else []
-    notes += ["\\* more documents than in training."] if any(map(beyond, ks)) else []
+    notes += [f"\\* more {unit} than in training."] if any(map(beyond, ks)) else []
     return "\n\n".join([_lines(rows), *notes])
 
 
 def _difference(value: Mapping[str, Any]) -> str:
     base, differences = value["compared"]["base"], value["differences"]
-    rows = [["documents", *(f"{name} - {base} (points)" for name in differences)]]
+    rows = [[value["unit"], *(f"{name} - {base} (points)" for name in differences)]]
     rows += [[k if k != "0" else "all", *(_points(d["difference"][k]) for d in differences.values())]
              for k in value["difference"]]
     if value["slope_per_doubling"]:
@@ -168,7 +176,7 @@ def _axis_table(summaries: Mapping[str, Any], axis: str) -> str:
 
 
 def _draw(out: Path, models: Mapping[str, Records], plan: Plan) -> list[str]:
-    rows = {n: stats.plain(r) for n, r in models.items()}
+    rows, unit = {n: stats.plain(r) for n, r in models.items()}, next(iter(models.values())).unit
     estimates = {n: stats.estimate(stats.grid(r), plan.seed, plan.resamples) for n, r in rows.items()}
     best = plan.compare[1] if plan.compare else next(iter(models))
     summary = stats.summary(models[best], plan.seed, resamples=1)
@@ -178,12 +186,12 @@ def _draw(out: Path, models: Mapping[str, Records], plan: Plan) -> list[str]:
     grid = next(iter(estimates.values())).grid
     if any(len(grid.columns(k)) > 1 for k in grid.ks):
         names.append("position_curves.png")
-        plots.save(plots.position_curves(estimates, levels), out / names[-1])
+        plots.save(plots.position_curves(estimates, levels, unit=unit), out / names[-1])
         names.append("heat_map.png")
-        plots.save(plots.heat_map(estimates), out / names[-1])
+        plots.save(plots.heat_map(estimates, unit), out / names[-1])
     if len(grid.ks) > 1:
         names.append("accuracy_by_k.png")
-        plots.save(plots.accuracy_by_k(estimates, levels, plan.trained_k), out / names[-1])
+        plots.save(plots.accuracy_by_k(estimates, levels, plan.trained_k, unit), out / names[-1])
     names.append("accuracy_against_tokens.png")
     plots.save(plots.accuracy_against_tokens(models), out / names[-1])
     return names

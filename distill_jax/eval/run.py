@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distill_jax.eval.grade import grade_all, token_f1
-from distill_jax.eval.records import Answer, Answerer, Item, Record, Records, Task
+from distill_jax.eval.records import DOCUMENTS, Answer, Answerer, Counts, Item, Record, Records, Task
 
 
 def run(task: Task, answerer: Answerer, *, model: str = "", about: Mapping[str, Any] | None = None,
@@ -26,7 +26,8 @@ def run(task: Task, answerer: Answerer, *, model: str = "", about: Mapping[str, 
         done += [_record(i, a, g) for i, a, g in zip(part, answers, grades, strict=True)]
         if progress:
             progress(len(done), len(items))
-    return Records(task=task.name, model=model, rows=tuple(done), about=dict(about or {}))
+    return Records(task=task.name, model=model, rows=tuple(done), about=dict(about or {}),
+                   unit=task.unit if isinstance(task, Counts) else DOCUMENTS)
 
 
 def _ask(answerer: Answerer, items: Sequence[Item]) -> list[Answer]:

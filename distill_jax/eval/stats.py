@@ -4,6 +4,7 @@ A question shown at several positions, or to two models, is one unit: a resample
 G questions, C cells (k, position), R resamples.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -71,7 +72,7 @@ class Grid:
 def plain(records: Records) -> Records:
     """The rows with all their documents: without the closed-book and oracle settings."""
     kept = tuple(r for r in records.rows if r.axes.get("setting", "all") == "all")
-    return Records(rows=kept, task=records.task, model=records.model, about=records.about)
+    return dataclasses.replace(records, rows=kept)
 
 
 def grid(records: Records) -> Grid:

@@ -16,6 +16,7 @@ from distill_jax.data.sources import BatchSource, open_store
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.decode import Generator
 from distill_jax.jobs.questions import of_traces
+from distill_jax.jobs.rounds import drop_rounds
 from distill_jax.jobs.write_store import write_store
 from distill_jax.rollout.generation import with_real_ids
 from distill_jax.rollout.on_policy import OnPolicy
@@ -88,6 +89,8 @@ class OnPolicySteering:
             write_store(self._path(step), rows, self._tok, on_policy={"update": step, "seed": self._seed})
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"rollouts {step}")
+        if jax.process_index() == 0:
+            drop_rounds(self._folder, self.spec.keep_rounds)
 
     def numbers(self, state: State) -> dict[str, float]:
         """Of the round: answers, tokens an answer has on average, share cut by max_new_tokens."""

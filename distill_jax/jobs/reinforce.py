@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,14 +19,26 @@ from distill_jax.data.rowset import open_rows
 from distill_jax.data.source_specs import Source
 from distill_jax.data.sources import BatchSource, PerToken, RowSource
 from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.jobs.context import say
+from distill_jax.jobs.estimates import (
+    Estimates,
+    Measures,
+    estimate,
+    load_estimates,
+    numbers_of,
+    save_estimates,
+    written,
+)
 from distill_jax.jobs.on_policy import OnPolicySteering
+from distill_jax.jobs.rounds import count_round
 from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import Journal
 from distill_jax.rewards.judges import judge_answers, judge_code, judge_knights
 from distill_jax.rewards.sample import Sample, groups_of
-from distill_jax.rewards.sandbox import Sandbox
+from distill_jax.rewards.sandbox import Sandbox, SandboxUnavailable
 from distill_jax.rollout.advantages import zero_variance
 from distill_jax.rollout.environments import CHUNK
+from distill_jax.rollout.estimators import ADVANTAGES, Estimator
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
@@ -64,9 +77,10 @@ class ReinforceSteering(OnPolicySteering):
     spec: Reinforce
 
     def __init__(self, spec: Reinforce, where: Source, opened: Any, tokenizer: Tokenizer, *, student: str, model: Any,
-                 mesh: Mesh, seed: int, folder: Path) -> None:
+                 mesh: Mesh, seed: int, folder: Path, measures: Measures) -> None:
         super().__init__(spec, where, opened, tokenizer, student=student, model=model, mesh=mesh, seed=seed,
                          folder=folder)
+        self._measures = measures
         most = self.spec.prompts * self.spec.n * spec.environment.most_rows()
         if not self._round.pack and most > self._round.rows * self.every:
             rows = f" in {n} rows" if (n := spec.environment.most_rows()) > 1 else ""
@@ -103,9 +117,14 @@ class ReinforceSteering(OnPolicySteering):
             kept = np.concatenate([kept, self._useful(more, state)])
             samples += more
         self._seconds = time.perf_counter() - began
-        self._write(step, self._scored(samples, kept, state))
-        return {**state, "since": np.int32(step), "asked": np.int32(asked),
-                "reward": self.spec.reward.update(samples, state["reward"])}
+        traces = self._scored(samples, kept, state)
+        if isinstance(self.spec.advantage, Estimator):
+            traces = self._estimated(self.spec.advantage, traces, group_numbers(samples), params, step)
+        self._write(step, traces)
+        new = {**state, "since": np.int32(step), "asked": np.int32(asked),
+               "reward": self.spec.reward.update(samples, state["reward"])}
+        count_round(self._folder, self._measures.config, self.source(new), step, self.every, sampled_tokens(traces))
+        return new
 
     def _useful(self, samples: Sequence[Sample], state: State) -> np.ndarray:
         """bool [N]: samples of groups that teach something."""
@@ -125,7 +144,8 @@ class ReinforceSteering(OnPolicySteering):
         trained = kept & np.isin(groups, wanted)
         if self.spec.truncated == "mask":
             trained &= ~np.array([s.truncated for s in samples], bool)
-        advantages = np.asarray(self.spec.advantage(scores.values, groups), np.float64)
+        advantages = (np.zeros(len(samples)) if isinstance(self.spec.advantage, Estimator) else
+                      np.asarray(self.spec.advantage(scores.values, groups), np.float64))
         out = []
         for i, s in enumerate(samples):
             said = {REWARD: float(scores.values[i]), ADVANTAGE: float(advantages[i]), TRAINED: float(trained[i]),
@@ -135,6 +155,20 @@ class ReinforceSteering(OnPolicySteering):
             out.append(s.trace.replace(verdict=verdict, scores={**s.trace.scores, **said}))
         return out
 
+    def _estimated(self, estimator: Estimator, traces: list[Trace], groups: np.ndarray, params: Mapping[str, Any],
+                   step: int) -> list[Trace]:
+        """Write the estimates of the round; -> traces whose advantage is the mean over their tokens."""
+        rows = [render(t, self._tok) for t in traces]
+        said = estimate(estimator, traces, rows, [t.scores[REWARD] for t in traces], groups,
+                        [t.scores[TRAINED] > 0 for t in traces], self._measures(estimator, params, rows))
+        if jax.process_index() == 0:
+            save_estimates(self._estimates(step), said)
+        means = [float(a[written(r)].mean()) for a, r in zip(said[ADVANTAGES], rows)]
+        return [t.replace(scores={**t.scores, ADVANTAGE: m}) for t, m in zip(traces, means)]
+
+    def _estimates(self, step: int) -> Path:
+        return Path(f"{self._path(step)}.npz")
+
     def source(self, state: State) -> BatchSource:
         """The batches of the round of `state`."""
         since = int(state["since"])
@@ -143,7 +177,9 @@ class ReinforceSteering(OnPolicySteering):
         chosen = np.flatnonzero([t.scores[TRAINED] > 0 for t in traces])
         names = {g: i for i, g in enumerate(dict.fromkeys(t.group for t in traces), 1)}
         rowset = open_rows(store, chosen, self._tok, Style(), (), self._seed)
-        fields = fields_of([traces[i] for i in chosen], names, rowset.lengths)
+        said = load_estimates(self._estimates(since)) if isinstance(self.spec.advantage, Estimator) else {}
+        fields = fields_of([traces[i] for i in chosen], names, rowset.lengths,
+                           {name: [of[i] for i in chosen] for name, of in said.items()})
         spec, opened = dataclasses.replace(self._round, path=self._path(since)), self._opened
         made = Plan.nothing(spec.seq_len) if not len(chosen) else plan(
             rowset.lengths, seq_len=spec.seq_len, seed=self._seed + since, pack=spec.pack)
@@ -156,11 +192,12 @@ class ReinforceSteering(OnPolicySteering):
         """
         traces = list(TraceStore.open(self._path(int(state["since"]))).traces())
         numbers = summary(traces)
-        written = sum(len(t.encoded.ids) - t.encoded.prompt_length for t in traces if t.encoded is not None)
+        if isinstance(self.spec.advantage, Estimator):
+            numbers |= numbers_of(load_estimates(self._estimates(int(state["since"]))), traces)
         sequences = self.source(state).parts[0].plan.sequences
         numbers["left_out"] = float(max(0, sequences - self._round.rows * self.every))
         if self._seconds:
-            numbers["tokens_per_second"] = written / self._seconds
+            numbers["tokens_per_second"] = sampled_tokens(traces) / self._seconds
         return {f"rollouts/{name}": v for name, v in numbers.items()}
 
 
@@ -170,10 +207,23 @@ def judge_of(spec: Reinforce, journal: Journal) -> tuple[Callable[[Sequence[Samp
     if spec.judge == "knights":
         return judge_knights, lambda: None
     if spec.judge == "code":
-        sandbox = Sandbox()
+        sandbox = sandbox_of(spec)
         return lambda samples: judge_code(samples, sandbox, journal), sandbox.close
     checker = Checker()
     return lambda samples: judge_answers(samples, checker, journal), checker.close
+
+
+def sandbox_of(spec: Reinforce) -> Sandbox:
+    """Where programs that the student wrote run. Raises ValueError where they cannot be shut in and nobody allowed
+    that; where somebody did, it says so."""
+    if spec.unsafe_code:
+        say("WARNING: unsafe code is allowed: programs that the model writes run as this user, with its files and its "
+            "network; only time, memory and output are limited")
+    try:
+        return Sandbox(unsafe=spec.unsafe_code)
+    except SandboxUnavailable as e:
+        raise ValueError(f"judge='code' runs programs that the student wrote, and {e}: in a recipe "
+                         "Reinforce(unsafe_code=True), for one start `distill-jax train --unsafe-code`") from e
 
 
 def sample_of(trace: Trace, tok: Tokenizer) -> Sample:
@@ -200,9 +250,10 @@ def group_numbers(samples: Sequence[Sample]) -> np.ndarray:
     return out
 
 
-def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.ndarray) -> dict[str, PerToken]:
+def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.ndarray, estimates: Estimates,
+              ) -> dict[str, PerToken]:
     """`advantages`, `behaviour_logprobs`, `group_ids` and `trace_ids` (from 1; rows of one answer share theirs) of
-    rollouts of these lengths."""
+    rollouts of these lengths; what `estimates` says of each token goes before the one advantage of an answer."""
     dtypes = {"advantages": np.float32, "behaviour_logprobs": np.float32, "group_ids": np.int32, "trace_ids": np.int32}
     out: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
     numbers = np.cumsum([not t.scores.get(CHUNK) for t in traces]).tolist()
@@ -212,7 +263,13 @@ def fields_of(traces: Sequence[Trace], groups: Mapping[str, int], lengths: np.nd
         out["behaviour_logprobs"].append(np.asarray(t.encoded.logprobs, np.float32))
         out["group_ids"].append(np.full(n, groups[t.group], np.int32))
         out["trace_ids"].append(np.full(n, number, np.int32))
-    return {name: PerToken(dtype, out[name]) for name, dtype in dtypes.items()}
+    return {**{name: PerToken(dtype, out[name]) for name, dtype in dtypes.items()},
+            **{name: PerToken(np.float32, of) for name, of in estimates.items()}}
+
+
+def sampled_tokens(traces: Sequence[Trace]) -> int:
+    """Tokens of all answers."""
+    return sum(len(t.encoded.ids) - t.encoded.prompt_length for t in traces if t.encoded is not None)
 
 
 def summary(traces: Sequence[Trace]) -> dict[str, float]:

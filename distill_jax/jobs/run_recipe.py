@@ -1,12 +1,16 @@
 """Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from distill_jax.core import spec
 from distill_jax.jobs import processes
 from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, write_json
 from distill_jax.loading import local_folder
-from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage, write_or_compare
+from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage
+from distill_jax.rollout.reinforce import Reinforce
 
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
@@ -56,3 +60,38 @@ def _final(recipe: Recipe) -> str:
     """Name of the last training stage: the model that `load(runs/<name>)` means."""
     trained = [s.name for s in recipe.stages if isinstance(s, Stage)]
     return trained[-1] if trained and len(recipe.stages) > 1 else ""
+
+def allow_unsafe_code(recipe: Recipe) -> Recipe:
+    """The recipe with `unsafe_code=True` in every stage that judges code. Raises ValueError where none does."""
+    judges = lambda s: isinstance(s, Stage) and isinstance(s.on_policy, Reinforce) and s.on_policy.judge == "code"
+    if not any(map(judges, recipe.stages)):
+        raise ValueError(f"--unsafe-code: no stage of recipe {recipe.name!r} runs code (on_policy.judge='code')")
+    allow = lambda s: replace(s, on_policy=replace(s.on_policy, unsafe_code=True)) if judges(s) else s
+    return replace(recipe, stages=tuple(map(allow, recipe.stages)))
+
+
+def write_or_compare(recipe: Recipe) -> None:
+    """Write `recipe.yaml` at the first start; later refuse a changed recipe, showing the difference. Where the first
+    start failed before anything was made, there is nothing to keep and the corrected recipe takes its place."""
+    path = recipe.folder / "recipe.yaml"
+    new = spec.to_plain(recipe)
+    if path.is_file():
+        old = spec.parse(path.read_text(), str(path))
+        changes = spec.diff(old, new)
+        if changes and _begun(recipe.folder):
+            raise ValueError(f"{recipe.folder} was made by another recipe:\n  " + "\n  ".join(changes)
+                             + "\nresume with the old values, or give the run another name (--set name=...)")
+        if not changes:
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(recipe.to_yaml())
+    tmp.replace(path)
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run has made anything: a checkpoint, a store, a report, more than what every start writes."""
+    every_start = {"recipe.yaml", "run.json", "time.json"}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in every_start)
+    files = (p for p in files if p.stat().st_size and not p.name.startswith("events.out"))
+    return any(p.parent.name != "model" or p.name == "done.json" for p in files)

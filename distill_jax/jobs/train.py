@@ -20,11 +20,13 @@ from distill_jax.data.source_specs import Source, Store, map_stores
 from distill_jax.data.sources import Readings, check_supervised, open_source, serve
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.jobs.context import RunContext, Stopped
+from distill_jax.jobs.estimates import Measures
 from distill_jax.jobs.mixing import steering_of
 from distill_jax.jobs.on_policy import OnPolicySteering
 from distill_jax.jobs.opening import readings_of
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.jobs.reinforce import ReinforceSteering
+from distill_jax.jobs.rounds import batch_flops, spent
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
@@ -40,9 +42,8 @@ from distill_jax.train.bilevel import fused_term, make_outer
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import STEERED, Evaluation, Outer, Run, fit
-from distill_jax.train.sources import provider_of
 from distill_jax.train.state import TrainState, create_state
-from distill_jax.train.step import StepConfig, make_evaluation, with_views
+from distill_jax.train.step import StepConfig, make_evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +118,15 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     frozen |= stored_heads(source, objective.signals, student, mesh)
     flops = {n: Flops.of(c, trained=n in trained) for n, c in configs.items()}
     trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
-    specs = {n: stage.projectors[n].optim or stage.optim if n in projectors else stage.optim for n in trained}
+    specs = {n: stage.providers[n].optim or stage.optim for n in trained}
     optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
     config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.made_views, mesh=mesh,
                         optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
                         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
     opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
     if isinstance(stage.on_policy, Reinforce):
-        steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
+        steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder,
+                                     measures=Measures(config, frozen), **opened)
     elif stage.on_policy is not None:
         steering = OnPolicySteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
     else:
@@ -147,8 +149,9 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
                      steering=steering, outer=outer)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
-    result = {"steps": stage.steps, "flops": total_flops(source, config, stage.steps),
-              "skipped": int(fitted.state.skipped),
+    cost = spent(context.folder, stage.steps) if isinstance(stage.on_policy, Reinforce) else {
+        "flops": total_flops(source, config, stage.steps)}
+    result = {"steps": stage.steps, **cost, "skipped": int(fitted.state.skipped),
               "params": {n: c.num_params for n, c in configs.items()}}
     return result | ({"heldout": heldout.values} if stage.heldout else {})
 
@@ -185,13 +188,10 @@ def write_model_files(folder: Path, student: Provider) -> None:
 
 
 def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -> float:
-    """Model FLOPs of the whole stage: the mean over batches spread evenly over it, times the number of updates."""
-    def one(i: int) -> float:
-        batch = with_views(config, source.batch(i))
-        runs = [(config.flops[provider_of(s)], batch.views[s.split("/")[1]]) for s in config.runs]
-        return sum(float(f.count(stream, stream.weights > 0)) for f, stream in runs)
-
+    """Model FLOPs of the whole stage: the mean over batches spread evenly over it, times the number of updates. What a
+    student wrote in the place of some of them (`OnPolicy`) counts as the source's own rows."""
     n = min(sample, steps)
+    one = lambda step: batch_flops(config, source.batch(step), lambda stream: stream.weights > 0)
     return sum(one(i * steps // n) for i in range(n)) / n * steps
 
 

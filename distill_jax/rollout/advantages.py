@@ -53,11 +53,11 @@ def leave_one_out(rewards: ArrayLike, groups: ArrayLike) -> Array:
     return np.where(count > 1, group_mean(rewards, at) * count / np.maximum(count - 1, 1), 0.0)
 
 
-def batch_z(values: ArrayLike, *, ddof: int = 1, eps: float = 1e-8) -> Array:
+def batch_z(values: ArrayLike, *, ddof: int = 1, eps: float = 1e-8, over: ArrayLike | None = None) -> Array:
     """(x - mean) / (std + eps) over everything given, NaN left out: REINFORCE++ (2501.03262), whose x are the returns
-    of all tokens of a batch. 0 where all are equal."""
+    of all tokens of a batch. 0 where all are equal. over: bool, of which values mean and std are; None: of all."""
     values = np.asarray(values, np.float64)
-    known = values[~np.isnan(values)]
+    known = values[~np.isnan(values) & (True if over is None else np.asarray(over, bool))]
     if known.size <= ddof or np.ptp(known) == 0:
         return np.zeros_like(values)
     return _known((values - known.mean()) / (known.std(ddof=ddof) + eps))
@@ -99,10 +99,13 @@ def returns(rewards: ArrayLike, gamma: float = 1.0) -> Array:
     return gae(rewards, None, gamma=gamma, lam=1.0)
 
 
-def reinforce_plus_plus(rewards: Sequence[ArrayLike], *, gamma: float = 1.0, ddof: int = 1) -> list[Array]:
-    """Returns to go of token rewards [T_i], normalised over all tokens of the batch: REINFORCE++ (2501.03262)."""
+def reinforce_plus_plus(rewards: Sequence[ArrayLike], *, gamma: float = 1.0, ddof: int = 1,
+                        over: Sequence[bool] | None = None) -> list[Array]:
+    """Returns to go of token rewards [T_i], normalised over all tokens of the batch, or of the samples `over` says:
+    REINFORCE++ (2501.03262)."""
     to_go = [returns(r, gamma) for r in rewards]
-    flat = batch_z(np.concatenate([*to_go, np.zeros(0)]), ddof=ddof).astype(np.float32)
+    counted = None if over is None else np.repeat(over, [len(r) for r in to_go])
+    flat = batch_z(np.concatenate([*to_go, np.zeros(0)]), ddof=ddof, over=counted).astype(np.float32)
     return np.split(flat, np.cumsum([len(r) for r in to_go])[:-1]) if to_go else []
 
 

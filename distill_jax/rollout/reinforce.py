@@ -7,6 +7,7 @@ from typing import Any, Literal
 from distill_jax.rewards.algebra import Node, Reward
 from distill_jax.rewards.outcome import outcome
 from distill_jax.rollout.advantages import group_z
+from distill_jax.rollout.estimators import Estimator
 from distill_jax.rollout.on_policy import OnPolicy
 
 Judge = Literal["answers", "knights", "code"]
@@ -21,10 +22,12 @@ class Reinforce(OnPolicy):
 
     judge      who finds what is right: the answer checker, Knights and Knaves by person, unit tests in a sandbox
     reward     what an answer is worth (`rewards.algebra`)
-    advantage  (rewards [N], groups [N]) -> [N], `rollout.advantages`
+    advantage  (rewards [N], groups [N]) -> [N], `rollout.advantages`; or an estimator for single tokens, which may ask
+               a critic and a reference (`rollout.estimators`: `Gae`, `ReinforcePlusPlus`, `Penalised`)
     equal      groups whose rewards are all equal: "drop" them (no gradient under a group baseline), or "keep"
     refill     most further samplings that fill up what was dropped with other questions (DAPO's dynamic sampling)
     truncated  answers that the length limit cut: "train" on them, or "mask" them (overlong filtering)
+    unsafe_code  judge="code" where the platform cannot shut programs in: run them as this user, with limits only
     """
 
     share: float = 1.0
@@ -33,10 +36,11 @@ class Reinforce(OnPolicy):
     n: int = 8
     judge: Judge = "answers"
     reward: Node = Reward(fn=outcome)
-    advantage: Callable[..., Any] = group_z
+    advantage: Callable[..., Any] | Estimator = group_z
     equal: Literal["drop", "keep"] = "drop"
     refill: int = 0
     truncated: Literal["train", "mask"] = "train"
+    unsafe_code: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +49,13 @@ class Reinforce(OnPolicy):
                              "sequences belong into a stage of their own")
         if self.n < 2 and self.equal == "drop":
             raise ValueError(f"n={self.n} answers to a question always have equal rewards: raise n, or equal='keep'")
+        if self.unsafe_code and self.judge != "code":
+            raise ValueError(f"unsafe_code=True allows judge='code' to run programs without isolation, and judge is "
+                             f"{self.judge!r}: drop one of them")
+        if isinstance(self.advantage, Estimator) and self.environment.most_rows() > 1:
+            raise ValueError(f"{type(self.advantage).__name__} says something of every token of an answer, and "
+                             f"{type(self.environment).__name__} makes several rows of one: take an advantage of whole "
+                             "answers (rollout.advantages), or another environment")
         if self.refill < 0 or (self.refill and self.equal == "keep"):
             raise ValueError(f"refill replaces groups that were dropped: needs equal='drop', got refill={self.refill} "
                              f"and equal={self.equal!r}")

@@ -165,7 +165,8 @@ class Scorer:
         self._check(rows)
         out: list[SignalRow | None] = [None] * len(rows)
         totals, waiting = Totals(), None
-        for job in [*self._batches([len(r.tokens) for r in rows]), None]:
+        cuts = row_batches([len(r.tokens) for r in rows], self.batch_tokens, mesh=self.mesh, buckets=self.buckets)
+        for job in [*cuts, None]:
             running = None if job is None else self._run([rows[i] for i in job[0]], job)
             if waiting is not None:  # read one batch while the next one runs
                 totals += self._collect(rows, out, *waiting)
@@ -187,16 +188,6 @@ class Scorer:
             if len(row.tokens) and int(row.tokens.max()) >= vocab:
                 raise ValueError(f"row {i} holds token id {int(row.tokens.max())}, the teacher's vocabulary has "
                                  f"{vocab} entries: the rows are of another tokenizer")
-
-    def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[np.ndarray, int, int]]:
-        """(indices of rows, rows of the batch, its width): longest first, so that neighbours in length share one."""
-        order, start = np.argsort(-np.asarray(lengths, np.int64), kind="stable"), 0
-        multiple = _row_shards(self.mesh)
-        while start < len(order):
-            width = bucket(lengths[order[start]], self.buckets)
-            size = max(1, self.batch_tokens // width // multiple) * multiple
-            yield order[start:start + size], size, width
-            start += size
 
     def _run(self, rows: Sequence[Rows], job: tuple[np.ndarray, int, int]) -> tuple[np.ndarray, np.ndarray, _Scores]:
         """-> indices of the rows, wanted bool [rows of the batch, width], what the device makes of them."""
@@ -238,6 +229,18 @@ class Scorer:
 def score_rows(model: Any, params: Any, rows: Sequence[Rows], spec: SignalSpec, **kwargs: Any) -> list[SignalRow]:
     """The teacher's signal of every row, in order; keywords as for `Scorer`."""
     return Scorer(model, params, spec, **kwargs)(rows)[0]
+
+
+def row_batches(lengths: Sequence[int], batch_tokens: int, *, mesh: Mesh | None = None, buckets: Sequence[int] = ()
+                ) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(indices of rows, rows of the batch, its width): longest first, so that neighbours in length share one."""
+    order, start = np.argsort(-np.asarray(lengths, np.int64), kind="stable"), 0
+    multiple = _row_shards(mesh)
+    while start < len(order):
+        width = bucket(lengths[order[start]], buckets)
+        size = max(1, batch_tokens // width // multiple) * multiple
+        yield order[start:start + size], size, width
+        start += size
 
 
 def _row_shards(mesh: Mesh | None) -> int:

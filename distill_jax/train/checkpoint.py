@@ -99,27 +99,35 @@ class Checkpoints:
         self._manager.close()
 
 
-def latest_step(folder: str | Path) -> int | None:
-    """Step of the newest complete checkpoint in `folder`; safe while a run is writing there. None: there is none."""
+def complete_steps(folder: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in `folder`, in order; safe while a run is writing there."""
     root = epath.Path(folder)
     if not root.exists():
-        return None
-    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / COMMITTED).exists()]
-    return max(steps, default=None)
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / COMMITTED).exists())
+
+
+def latest_step(folder: str | Path) -> int | None:
+    """Step of the newest complete checkpoint in `folder`; None: there is none."""
+    return max(complete_steps(folder), default=None)
 
 
 def latest_params(folder: str | Path, provider: str = "student", *,
-                  shardings: Callable[[Tree], Tree] | None = None, dtype: Any = None) -> Tree:
-    """Parameters of `provider` in the newest checkpoint of `folder`, read straight onto the devices they belong to.
+                  shardings: Callable[[Tree], Tree] | None = None, dtype: Any = None, step: int | None = None) -> Tree:
+    """Parameters of `provider` in the newest checkpoint of `folder` (or that of `step`), read straight onto the devices
+    they belong to.
 
     shardings  from the tree of ShapeDtypeStructs to a tree of shardings (`sharding.param_shardings` with its mesh);
                default: everything on the first device
     dtype      cast on the way in; default: as stored
     Raises ValueError when there is no complete checkpoint, or no such provider in it.
     """
-    step = latest_step(folder)
-    if step is None:
+    there = complete_steps(folder)
+    if not there:
         raise ValueError(f"no complete checkpoint in {folder}; train first, or give another folder")
+    if step is not None and step not in there:
+        raise ValueError(f"no complete checkpoint of update {step} in {folder}; there are {there}")
+    step = there[-1] if step is None else step
     path = epath.Path(folder).absolute() / str(step) / "params" / provider
     _must_exist(path)
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, dtype or m.dtype), _metadata(path))

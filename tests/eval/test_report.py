@@ -1,13 +1,15 @@
 """The report's JSON is the form the quickstart promises; the text says what the numbers say; the pictures are there."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from distill_jax.eval import report
-from distill_jax.eval.records import Records
+from distill_jax.eval import report, tasks
+from distill_jax.eval.records import DOCUMENTS, Answer, Counts, Records
+from distill_jax.eval.run import run
 from tests.eval.test_stats import record, records
 
 
@@ -49,7 +51,26 @@ def test_one_model_without_positions(tmp_path):
     value = report.write(tmp_path, {"m": Records(rows=rows, task="answer_match")}, report.Plan(resamples=50))
     assert value["students"]["m"]["accuracy"] == 0.5 and "difference" not in value
     assert not (tmp_path / "position_curves.png").exists() and (tmp_path / "accuracy_against_tokens.png").exists()
-    assert "| m " in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "| m " in text and "## Accuracy\n" in text and "documents" not in text
+
+
+def test_the_task_says_what_k_counts(models, tmp_path):
+    people = {n: dataclasses.replace(r, unit="people") for n, r in models.items()}
+    value = report.write(tmp_path, people, PLAN)
+    text = (tmp_path / "report.md").read_text()
+    assert value["unit"] == "people" and "At 8 people, **thinking**" in text and "## Accuracy by people" in text
+    assert "| people" in text and "more people than in training" in text and "document" not in text
+    kept = people["teacher"]
+    assert Records.from_json(kept.to_json()) == kept
+    old = {k: v for k, v in kept.to_json().items() if k != "unit"}
+    assert Records.from_json(old).unit == "documents"
+    units = {name: tasks.make(name, **options) for name, options in (
+        ("puzzles", {}), ("kv_retrieval", {}), ("long_document", {}), ("multidoc_qa", {}))}
+    assert {n: t.unit if isinstance(t, Counts) else DOCUMENTS for n, t in units.items()} == {
+        "puzzles": "people", "kv_retrieval": "pairs", "long_document": "sentences", "multidoc_qa": "documents"}
+    few = run(tasks.make("puzzles", kind="arithmetic", k=[2], questions=3), lambda qs: [Answer(text="1") for _ in qs])
+    assert few.unit == "digits" and len(few) == 3
 
 
 def test_unknown_names_and_terminal_table(models):

@@ -74,7 +74,7 @@ def _leaves(tree):
 
 
 def test_projector_between_models_that_are_not_there():
-    with pytest.raises(ValueError, match=r"provider 't2s' of stage 'train' maps between .*no model \['nobody'\]"):
+    with pytest.raises(ValueError, match=r"provider 't2s' of stage 'train' stands on .*no model \['nobody'\]"):
         stage = load_recipe("configs/recipes/dskd.py").stages[0]
         assert isinstance(stage, Stage)
         Stage(source=stage.source, terms=stage.terms,

@@ -19,6 +19,7 @@ from distill_jax.decode.sampling import Sampling
 from distill_jax.jobs.reinforce import ReinforceSteering, RoundSource
 from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.jobs.show_rollouts import show_rollouts
+from distill_jax.loading import load
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.tokens.aggregate import sequence_mean
 from distill_jax.losses.tokens.policy import ppo_clip
@@ -30,6 +31,7 @@ from distill_jax.rollout.advantages import group_mean, group_z
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.traces.store import TraceStore
 from distill_jax.train.checkpoint import latest_params
+from distill_jax.train.flops import Flops
 from distill_jax.train.optim import AdamW
 from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces
@@ -72,15 +74,15 @@ def world(tmp_path_factory):
     return teacher_folder(root / "student", tok), root / "store"
 
 
-def recipe(world, runs, *, rows=16, pack=False, steps=4, lr=0.01, policy=None, **kwargs):
+def recipe(world, runs, *, rows=16, pack=False, steps=4, lr=0.01, policy=None, providers=None, saving=100, **kwargs):
     student, store = world
     options = {"prompts": 4, "n": 4, "reward": REWARD, "batch_size": 16,
                "sampling": Sampling(temperature=1.0, max_new_tokens=24)} | kwargs
     terms = policy or {"policy": TokenTerm(ppo_clip, per=sequence_mean), **policy_metrics()}
     return Recipe(name="rl", runs=str(runs), mesh=MeshShape(data=1, fsdp=8), stages=(Stage(
         source=Store(path=str(store), rows=rows, seq_len=96, pack=pack), terms=terms, steps=steps, log_every=1,
-        providers={"student": Student(model=str(student))}, on_policy=Reinforce(**options),
-        optim=AdamW(peak_lr=lr, warmup=1), saving=Saving(steps=100, keep=1)),))
+        providers={"student": Student(model=str(student)), **(providers or {})}, on_policy=Reinforce(**options),
+        optim=AdamW(peak_lr=lr, warmup=1), saving=Saving(steps=saving, keep=1)),))
 
 
 def metrics(folder, name):
@@ -118,6 +120,13 @@ def test_every_answer_is_trained_on_once_as_it_was_sampled(world, tmp_path, monk
                     written = np.arange(at.sum()) >= t.encoded.prompt_length
                     assert np.array_equal(np.isin(main.roles[b][at], [int(x) for x in SUPERVISED]), written)
         assert not wanted, "some answers were never read"
+    result = json.loads((r.folder / "done.json").read_text())["result"]
+    sampled = [len(t.encoded.ids) - t.encoded.prompt_length for store in rounds for t in store.traces()]
+    masks = {step: np.isin(batch.main.roles, [int(x) for x in SUPERVISED]) for step, batch in seen.items()}
+    count = Flops.of(load(world[0])[0].config).count
+    assert result["sampled_tokens"] == sum(sampled)
+    assert result["trained_tokens"] == sum(int(m.sum()) for m in masks.values()) <= sum(sampled)
+    assert result["flops"] == pytest.approx(sum(float(count(b.main, masks[s])) for s, b in seen.items()))
     if every == 1:  # strictly on-policy: the trainer's log-probs are the sampler's
         assert max(abs(x - 1) for x in metrics(r.folder, "mean_ratio")) < 1e-3
         assert max(metrics(r.folder, "clip_fraction")) == 0 and max(metrics(r.folder, "logprob_gap")) < 1e-3
@@ -153,7 +162,8 @@ def test_groups_of_equal_rewards_are_dropped_and_others_asked_in_their_place(wor
 
 
 def test_killed_and_started_again_ends_with_the_same_bits(world, tmp_path, monkeypatch):
-    whole = recipe(world, tmp_path / "whole", every=2)
+    """Also where rounds that no checkpoint needs are deleted on the way."""
+    whole = recipe(world, tmp_path / "whole", every=2, steps=6, keep_rounds=0)
     assert run_recipe(whole, lambda line: None)
     original = ReinforceSteering.update
 
@@ -162,7 +172,7 @@ def test_killed_and_started_again_ends_with_the_same_bits(world, tmp_path, monke
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, state, params, step)
 
-    cut = recipe(world, tmp_path / "cut", every=2)
+    cut = recipe(world, tmp_path / "cut", every=2, steps=6, keep_rounds=1, saving=1)
     with monkeypatch.context() as patch:
         patch.setattr(ReinforceSteering, "update", interrupted)
         assert not run_recipe(cut, lambda line: None)
@@ -170,6 +180,10 @@ def test_killed_and_started_again_ends_with_the_same_bits(world, tmp_path, monke
     ends = [jax.tree.leaves(latest_params(r.folder / "checkpoints", "student")) for r in (cut, whole)]
     for a, b in zip(*ends, strict=True):
         np.testing.assert_array_equal(a, b)
+    kept = [sorted(p.name for p in (r.folder / "rollouts").iterdir()) for r in (cut, whole)]
+    assert kept == [["0000002", "0000004"], ["0000000", "0000002", "0000004"]]
+    results = [json.loads((r.folder / "done.json").read_text())["result"] for r in (cut, whole)]
+    assert results[0] == results[1] and len(metrics(whole.folder, "rollouts/reward")) == 3
 
 
 def test_what_cannot_be_is_said(world, tmp_path):

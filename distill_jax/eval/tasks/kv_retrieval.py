@@ -31,6 +31,10 @@ class KVRetrieval:
     def name(self) -> str:
         return "kv_retrieval"
 
+    @property
+    def unit(self) -> str:
+        return "pairs"
+
     def items(self) -> list[Item]:
         if self.data:
             return list(_file_items(self))

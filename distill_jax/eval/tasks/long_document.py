@@ -26,6 +26,10 @@ class LongDocument:
     def name(self) -> str:
         return "long_document"
 
+    @property
+    def unit(self) -> str:
+        return "passages" if self.data else "sentences"
+
     def items(self) -> list[Item]:
         if self.data:
             return list(_file_items(self))

@@ -26,6 +26,10 @@ class Puzzles:
     def name(self) -> str:
         return self.kind
 
+    @property
+    def unit(self) -> str:
+        return {"knights": "people", "arithmetic": "digits"}[self.kind]
+
     def items(self) -> list[Item]:
         return [item for k in self.k for item in world_items(
             WorldSpec(kind=self.kind, k=k, rendering=self.rendering, split="eval", seed=self.seed, names=self.names),
