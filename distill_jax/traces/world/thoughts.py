@@ -13,7 +13,7 @@ from distill_jax.traces.world.puzzles import Arithmetic, Column, Knights, column
 
 Style = Literal["minimal", "extended"]
 STYLES: tuple[Style, ...] = ("minimal", "extended")
-WRONG_BRANCHES = 3
+WRONG_BRANCHES = 2
 """Most wrong suppositions of an extended trace about Knights and Knaves."""
 
 
