@@ -16,6 +16,7 @@ from distill_jax.loading import load
 from distill_jax.losses.tokens.inputs import Tokens
 from distill_jax.losses.tokens.policy import gspo, gspo_token, ppo_clip
 from distill_jax.losses.tokens.ratios import BEHAVIOUR, Corrected
+from distill_jax.objective.term import moves
 from distill_jax.objective.tokens import TokenTerm
 from distill_jax.recipe import Recipe, Stage
 from distill_jax.rollout.scoring import SignalSpec, score_rows
@@ -55,16 +56,17 @@ def clipped(stage: Path, since: int, store: TraceStore, traces: Sequence[Trace],
     term = policy_term(stage) if low is None and high is None else None
     if term is None:
         term = TokenTerm(ppo_clip, kwargs={"low": 0.2 if low is None else low, "high": 0.2 if high is None else high})
+    if moving := sorted(k for k, v in term.kwargs.items() if moves(v)):
+        raise ValueError(f"{moving} of the policy term in {stage} change from update to update: give --low and --high")
     model, params = load(stage, step=checkpoint)
     rows = [store.row(i) for i in range(len(store))]
     scored = score_rows(model, params, rows, SignalSpec.parse("token"))
     logprobs = [s.logprobs for s in scored if isinstance(s, TokenRow)]
     trained = [_trained(r, t, term.on) for r, t in zip(rows, traces)]
     fields = {"advantages": _advantages(stage, since, traces, rows), BEHAVIOUR: [_behaviour(t) for t in traces]}
-    said = {k: v for k, v in term.kwargs.items() if not callable(v)}
-    marks = _dropped(term, said, logprobs, trained, fields)
+    marks = _dropped(term, term.kwargs, logprobs, trained, fields)
     name = getattr(term.loss, "__name__", type(term.loss).__name__)
-    settings = ", ".join(f"{k}={v}" for k, v in said.items())
+    settings = ", ".join(f"{k}={v}" for k, v in term.kwargs.items())
     return Clipped(checkpoint=checkpoint, rule=f"{name}({settings})", rows=rows, trained=trained, marks=marks)
 
 

@@ -147,7 +147,7 @@ class Objective:
     def dynamic(self, step: Array, controllers: Controllers | None = None) -> dict[str, dict[str, Array]]:
         """Values of the scheduled and controlled keyword arguments at `step`, {term: {name: f32}}."""
         return {name: {k: self._value(f"{name}.{k}", v, step, controllers) for k, v in term.kwargs.items()
-                       if _moves(v)} for name, term in self.terms.items()}
+                       if moves(v)} for name, term in self.terms.items()}
 
     def weights(self, batch: Batch, step: Array, controllers: Controllers | None = None) -> Weights:
         """Token weights of every term over the whole *global* batch, before it is cut into micro-batches."""
@@ -247,15 +247,16 @@ def _until(term: AnyTerm, steps: int) -> AnyTerm:
     return replace(term, weight=until(term.weight, steps), kwargs=kwargs)
 
 
-def _moves(value: Any) -> bool:
+def moves(value: Any) -> bool:
+    """Whether a weight or keyword argument is a schedule or controller, evaluated each step."""
     return isinstance(value, Controller | Schedule) and not inspect.isroutine(value)
 
 
 def _settings(term: AnyTerm, dynamic: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
     """(constant, moving) keyword arguments of the loss. Raises ValueError where `dynamic` lacks one that moves."""
-    if lacking := sorted(k for k, v in term.kwargs.items() if _moves(v) and k not in dynamic):
+    if lacking := sorted(k for k, v in term.kwargs.items() if moves(v) and k not in dynamic):
         raise ValueError(f"no value for {lacking} of {term.loss.__name__}; pass Objective.dynamic(step, controllers)")
-    return {k: v for k, v in term.kwargs.items() if not _moves(v)}, dict(dynamic)
+    return {k: v for k, v in term.kwargs.items() if not moves(v)}, dict(dynamic)
 
 
 def _signal(target: str) -> str:

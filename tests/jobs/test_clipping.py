@@ -1,9 +1,13 @@
 """Which tokens count as clipped, for any loss that clips, and how they are shown."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from distill_jax.cli.main import main
 from distill_jax.core.roles import ANSWER, QUESTION, THINK
+from distill_jax.core.schedules import Linear
 from distill_jax.data.source_specs import Store
 from distill_jax.jobs.clipping import _dropped, clipped, policy_term
 from distill_jax.jobs.show_rollouts import _marked
@@ -16,6 +20,7 @@ from distill_jax.recipe import Call, Recipe, Stage, Student
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.traces.store import Row
 from distill_jax.traces.trace import simple_trace
+from distill_jax.train.checkpoint import COMMITTED
 
 RATIOS, ADVANTAGES = [1.0, 1.3, 1.3, 0.7, 0.7, 1.3, 4.0], [1.0, 1.0, -1.0, 1.0, -1.0, 0.0, -1.0]
 
@@ -69,3 +74,16 @@ def test_the_rule_is_the_recipes(tmp_path):
     assert policy_term(tmp_path / "a" / "b") is None
     with pytest.raises(ValueError, match="has no complete checkpoint yet"):
         clipped(tmp_path / "rl", 0, None, [])
+    moving = TokenTerm(ppo_clip, kwargs={"high": Linear(start=0.2, stop=0.3)})
+    (tmp_path / "recipe.yaml").write_text(dataclasses.replace(both, stages=(
+        stage("rl", {"policy": moving}, on_policy=Reinforce()),)).to_yaml())
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "5" / COMMITTED).touch()
+    with pytest.raises(ValueError, match=r"\['high'\] of the policy term .* change from update to update"):
+        clipped(tmp_path, 0, None, [])
+
+
+def test_bounds_are_for_clip_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["rollouts", "inspect", "nowhere", "--low", "0.1"])
+    assert "--low and --high are bounds for --clip" in capsys.readouterr().err
