@@ -177,7 +177,7 @@ def _mismatched(path: str, units: np.ndarray, groups: Sequence[str], seed: int) 
     rows = units.max(axis=1)
     number = {g: k for k, g in enumerate(dict.fromkeys(groups))}
     order = np.random.default_rng([seed, 6]).permutation(len(rows))
-    group = np.array([number[groups[i]] for i in rows.tolist()])[order]
+    group = np.array([number[groups[int(i)]] for i in rows])[order]
     if len(set(group.tolist())) < 2:
         raise ValueError(f"{path}: answers to other questions need at least two questions with judged answers; "
                          "Singles(measure=False) goes without them")

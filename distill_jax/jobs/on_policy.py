@@ -75,11 +75,13 @@ class OnPolicySteering:
         """Tokens that a prompt may have. Answers too long for a row of the source are cut there."""
         return context - self.spec.sampling.max_new_tokens
 
-    def _answers(self, params: Mapping[str, Any], questions: list[Trace], step: int, salt: int = 0) -> list[Trace]:
-        """At most `n` answers to each question by the student as it is; those to one question stand together."""
+    def _answers(self, params: Mapping[str, Any], questions: list[Trace], step: int, salt: int = 0, n: int = 0
+                 ) -> list[Trace]:
+        """At most `n` answers (0: the spec's) to each question by the student as it is; those to one question stand
+        together."""
         generator = Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh,
                               token_bytes=self._tok.token_bytes)
-        return self.spec.environment.sample(generator, self._tok, questions, self.spec.sampling, n=self.spec.n,
+        return self.spec.environment.sample(generator, self._tok, questions, self.spec.sampling, n=n or self.spec.n,
                                             seed=(self._seed * 1_000_003 + step) * 101 + salt,
                                             teacher=f"the student at update {step}")
 

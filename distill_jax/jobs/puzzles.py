@@ -16,14 +16,16 @@ NAMES = 8
 """People that occur. Puzzles are told apart up to renaming, so evaluation puzzles differ by what is said."""
 
 
-def make_puzzles(context: RunContext, *, k: int, warmup: int, questions: int) -> dict[str, int]:
-    """The tokenizer, the store `warmup` with the oracle's extended thinking, and `questions` for RL; k people."""
+def make_puzzles(context: RunContext, *, k: int, warmup: int, questions: int, lesson: int = 0) -> dict[str, int]:
+    """The tokenizer, the stores `lesson` (two people) and `warmup` (k people) with the oracle's extended thinking, and
+    `questions` for RL; k people."""
     folder = context.folder
     build_tokenizer(folder / "tokenizer", "compact")
     tok = load_tokenizer(folder / "tokenizer")
-    of = lambda salt: WorldSpec(kind="knights", k=k, style="extended", names=NAMES, seed=context.seed * 1000 + salt)
-    made = {name: len(write_store(str(folder / name), traces(of(salt), n), tok))
-            for name, salt, n in (("warmup", 11, warmup), ("questions", 12, questions))}
+    of = lambda people, salt: WorldSpec(kind="knights", k=people, style="extended", names=NAMES,
+                                        seed=context.seed * 1000 + salt)
+    made = {name: len(write_store(str(folder / name), traces(of(people, salt), n), tok)) for name, people, salt, n in (
+        ("lesson", 2, 10, lesson), ("warmup", k, 11, warmup), ("questions", k, 12, questions)) if n}
     context.say(f"[{folder.name}] rows: " + ", ".join(f"{name} {n}" for name, n in made.items()))
     return made
 

@@ -44,6 +44,8 @@ from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
 
 State = Mapping[str, Any]
+MONITORED = 100
+"""Salt of the answers that nobody trains on; those of a round have the numbers of its samplings."""
 TRAINED, REWARD, ADVANTAGE = "trained", "reward", "advantage"
 """Scores that a rollout's trace carries beside the parts of its reward ("reward/right", ...)."""
 
@@ -107,6 +109,7 @@ class ReinforceSteering(OnPolicySteering):
     def update(self, state: State, params: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Sample, judge and reward the next groups, and write them down."""
         began = time.perf_counter()
+        state = self._monitored(state, params, step)
         asked, samples, kept = int(state["asked"]), [], np.zeros(0, bool)
         for attempt in range(1 + self.spec.refill):
             if attempt and self._groups(samples, kept) >= self.spec.prompts:
@@ -121,10 +124,21 @@ class ReinforceSteering(OnPolicySteering):
         if isinstance(self.spec.advantage, Estimator):
             traces = self._estimated(self.spec.advantage, traces, group_numbers(samples), params, step)
         self._write(step, traces)
-        new = {**state, "since": np.int32(step), "asked": np.int32(asked),
-               "reward": self.spec.reward.update(samples, state["reward"])}
+        new = {**state, "since": np.int32(step), "asked": np.int32(asked)}
+        if self.spec.monitor is None:
+            new["reward"] = self.spec.reward.update(samples, state["reward"])
         count_round(self._folder, self._measures.config, self.source(new), step, self.every, sampled_tokens(traces))
         return new
+
+    def _monitored(self, state: State, params: Mapping[str, Any], step: int) -> State:
+        """The state once the reward has seen answers to the monitoring questions, where they are due."""
+        monitor = self.spec.monitor
+        if monitor is None or step % monitor.every:
+            return state
+        order = np.random.default_rng([self._seed, 4]).permutation(len(self._questions))[:monitor.prompts]
+        answers = self._answers(params, [self._questions[i] for i in order], step, salt=MONITORED, n=monitor.n)
+        samples = self._judge([sample_of(t, self._tok) for t in answers])
+        return {**state, "reward": self.spec.reward.update(samples, state["reward"])}
 
     def _useful(self, samples: Sequence[Sample], state: State) -> np.ndarray:
         """bool [N]: samples of groups that teach something."""

@@ -14,6 +14,21 @@ Judge = Literal["answers", "knights", "code"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Monitor:
+    """Questions that are asked apart every `every` updates, the same ones each time: what a reward with a memory learns
+    from them, and from nothing else. Nobody trains on the answers. The defaults are LASER-D's (2505.15612).
+    """
+
+    prompts: int = 500
+    n: int = 8
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.n, self.every) < 1:
+            raise ValueError(f"Monitor needs prompts, n and every of at least 1, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reinforce(OnPolicy):
     """Groups of `n` answers to each of `prompts` questions; each is judged, rewarded and given an advantage.
 
@@ -26,6 +41,7 @@ class Reinforce(OnPolicy):
                a critic and a reference (`rollout.estimators`: `Gae`, `ReinforcePlusPlus`, `Penalised`)
     equal      groups whose rewards are all equal: "drop" them (no gradient under a group baseline), or "keep"
     refill     most further samplings that fill up what was dropped with other questions (DAPO's dynamic sampling)
+    monitor    what a reward with a memory follows in place of the answers that are trained on; None: those
     truncated  answers that the length limit cut: "train" on them, or "mask" them (overlong filtering)
     unsafe_code  judge="code" where the platform cannot shut programs in: run them as this user, with limits only
     """
@@ -41,6 +57,7 @@ class Reinforce(OnPolicy):
     refill: int = 0
     truncated: Literal["train", "mask"] = "train"
     unsafe_code: bool = False
+    monitor: Monitor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +69,11 @@ class Reinforce(OnPolicy):
         if self.unsafe_code and self.judge != "code":
             raise ValueError(f"unsafe_code=True allows judge='code' to run programs without isolation, and judge is "
                              f"{self.judge!r}: drop one of them")
+        if self.monitor and self.monitor.every % self.every:
+            raise ValueError(f"monitor.every must be a multiple of every={self.every}, the updates between two rounds; "
+                             f"got {self.monitor.every}")
+        if self.monitor:
+            self.environment.check(self.monitor.n, self.sampling)
         if isinstance(self.advantage, Estimator) and self.environment.most_rows() > 1:
             raise ValueError(f"{type(self.advantage).__name__} says something of every token of an answer, and "
                              f"{type(self.environment).__name__} makes several rows of one: take an advantage of whole "

@@ -28,7 +28,7 @@ from distill_jax.objective.tokens import TokenTerm, policy_metrics
 from distill_jax.recipe import MeshShape, Recipe, Saving, Stage, Student, load_recipe
 from distill_jax.rewards.algebra import Reward, Sum
 from distill_jax.rollout.advantages import group_mean, group_z
-from distill_jax.rollout.reinforce import Reinforce
+from distill_jax.rollout.reinforce import Monitor, Reinforce
 from distill_jax.traces.store import TraceStore
 from distill_jax.train.checkpoint import latest_params
 from distill_jax.train.flops import Flops
@@ -184,6 +184,14 @@ def test_killed_and_started_again_ends_with_the_same_bits(world, tmp_path, monke
     assert kept == [["0000002", "0000004"], ["0000000", "0000002", "0000004"]]
     results = [json.loads((r.folder / "done.json").read_text())["result"] for r in (cut, whole)]
     assert results[0] == results[1] and len(metrics(whole.folder, "rollouts/reward")) == 3
+
+
+def test_a_reward_follows_the_monitoring_set_alone(world, tmp_path):
+    r = recipe(world, tmp_path, steps=3, monitor=Monitor(prompts=3, n=5, every=2))
+    assert run_recipe(r, lambda line: None)
+    assert metrics(r.folder, "rollouts/reward/seen") == [15.0, 15.0, 30.0]  # asked before the rounds of updates 0 and 2
+    with pytest.raises(ValueError, match=r"monitor\.every must be a multiple of every=2"):
+        Reinforce(every=2, monitor=Monitor(every=3))
 
 
 def test_what_cannot_be_is_said(world, tmp_path):
