@@ -51,7 +51,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "conciser": {"reward": Reward(fn=concise, kwargs={"limit": WRITTEN}), "advantage": group_mean},
     "grpo_lambda": {"reward": Reward(fn=top_groups, kwargs={"share": 0.2, "alpha": 0.2})},
     "pear": {"reward": Reward(fn=phase_entropy)},
-    "s_grpo": {"reward": Reward(fn=early_exit), "advantage": group_mean, "environment": EarlyExits(exits=7)},
+    "s_grpo": {"reward": Reward(fn=early_exit), "advantage": group_mean,
+               "environment": EarlyExits(exits=grpo_kk.N - 1, text="</think>", answer_tokens=8)},
 }
 """What differs from the recipe's `Reinforce`. Constants as in the recipes of these names, lengths for this world."""
 
