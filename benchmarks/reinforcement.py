@@ -59,15 +59,15 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """updates of the warm-up and of a cell; rows of the warm-up; held-out puzzles."""
+    """Updates of lesson, warm-up and a cell; held-out puzzles."""
 
-    warmup_steps: int = grpo_kk.WARMUP
-    warmup_rows: int = grpo_kk.WARMUP_ROWS
+    lesson: int = grpo_kk.LESSON
+    warmup: int = grpo_kk.WARMUP
     steps: int = grpo_kk.STEPS
     asked: int = 500
 
 
-SIZES = {"laptop": Size(), "smoke": Size(warmup_steps=3, warmup_rows=256, steps=2, asked=8)}
+SIZES = {"laptop": Size(), "smoke": Size(lesson=4, warmup=4, steps=2, asked=8)}
 
 
 class Bench:
@@ -79,7 +79,7 @@ class Bench:
     def prepare(self) -> None:
         """Puzzles and the student that every cell starts from."""
         s = self.size
-        self._run(Recipe(name="start", runs=str(self.folder), stages=grpo_kk.start(s.warmup_rows, s.warmup_steps)))
+        self._run(Recipe(name="start", runs=str(self.folder), stages=grpo_kk.start(s.lesson, s.warmup)))
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """Train and measure one cell; -> its row of the table."""
@@ -159,7 +159,7 @@ def table(value: Mapping[str, Any]) -> str:
     lines = ["# Length rewards on Knights and Knaves", ""]
     if done < wanted:
         lines += [f"**Partial: {done} of {wanted} cells.**", ""]
-    lines += [f"{grpo_kk.PEOPLE} people, a warm-up of {size['warmup_steps']} updates on extended traces, then "
+    lines += [f"{grpo_kk.PEOPLE} people, {size['lesson'] + size['warmup']} updates of warm-up on extended traces, then "
               f"{size['steps']} updates on {grpo_kk.QUESTIONS} questions; greedy answers to {size['asked']} held-out "
               f"puzzles. {value['machine']}; {value['date']}.", "",
               f"| method | seeds | accuracy, % | minus {BASELINE} | thinking tokens | against {BASELINE} | minutes |",

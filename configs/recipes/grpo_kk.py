@@ -4,7 +4,7 @@ Paper: GRPO, Shao et al. 2024 (2402.03300); the order is that of Warm Up Before 
 puzzles that need no knowledge, then RL with verifiable rewards on at most 100 examples.
 Constants: n = 8 answers, z-scores with ddof 1, clip 0.2 and sequence means are GRPO's; no KL term, as in DAPO and later
 work. Guesses: everything about sizes, steps and learning rates; the reward is 1 for a right answer, person by person.
-The traces try none to three wrong suppositions before the right one, so that where one stands does not say whether it
+The traces try none to two wrong suppositions before the right one, so that where one stands does not say whether it
 holds: the student has to test it, and what RL improves is the testing, and going on until one holds.
 Expected: RL raises the accuracy on held-out puzzles of the same size (benchmarks/results/reinforcement.md).
 Hardware, time: two CPU cores, about a quarter of an hour.
@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any
 
 from configs.quickstart import CE, MODEL
-from distill_jax.data.source_specs import Store
+from distill_jax.data.source_specs import Phases, Store
 from distill_jax.decode.sampling import Sampling
 from distill_jax.jobs.puzzles import make_puzzles, report
 from distill_jax.losses.tokens.aggregate import sequence_mean
@@ -26,32 +26,34 @@ from distill_jax.train.optim import AdamW
 
 PEOPLE, QUESTIONS = 3, 100
 LONGEST, WRITTEN = 144, 112
-"""Tokens of a row, and most tokens of an answer: a trace of the warm-up has at most 84, a longer search is RL's."""
-WARMUP, WARMUP_ROWS = 600, 32_000
-STEPS = 150
+"""Tokens of a row, and most tokens of an answer: a trace of the warm-up has at most 66, a longer search is RL's."""
+LESSON, WARMUP = 800, 2500
+"""Updates on puzzles of two people, then on those of `PEOPLE`; rows of 144 tokens hold about two puzzles each."""
+PROMPTS, N, STEPS = 50, 16, 60
 
 
-def start(rows: int = WARMUP_ROWS, steps: int = WARMUP) -> tuple[AnyStage, ...]:
-    """Puzzles, tokenizer, and the student that RL starts from."""
+def start(lesson: int = LESSON, warmup: int = WARMUP) -> tuple[AnyStage, ...]:
+    """Puzzles, tokenizer, and the student that RL starts from: `lesson` and `warmup` updates."""
     config = dataclasses.replace(MODEL, context_length=2 * LONGEST)
-    return (Call(name="puzzles", fn=make_puzzles, kwargs={"k": PEOPLE, "warmup": rows, "questions": QUESTIONS}),
-            Stage(name="warmup", source=Store(path="stage:puzzles/warmup", rows=64, seq_len=LONGEST, pack=False),
+    packed = lambda name: Store(path=f"stage:puzzles/{name}", rows=32, seq_len=LONGEST)
+    kwargs = {"k": PEOPLE, "lesson": 40 * lesson, "warmup": 25 * warmup, "questions": QUESTIONS}
+    return (Call(name="puzzles", fn=make_puzzles, kwargs=kwargs),
+            Stage(name="warmup", source=Phases(sources=(packed("lesson"), packed("warmup")), steps=(lesson,)),
                   providers={"student": Student(config=config, tokenizer="stage:puzzles/tokenizer")}, terms=CE,
-                  steps=steps, optim=AdamW(peak_lr=2e-3, warmup=min(50, steps // 4), b2=0.98), log_every=100,
-                  saving=Saving(steps=200, keep=1)))
+                  steps=lesson + warmup, optim=AdamW(peak_lr=2e-3, warmup=50, b2=0.98), log_every=100,
+                  saving=Saving(steps=500, keep=1)))
 
 
 def rl(questions: str, student: str, *, steps: int = STEPS, **reinforce: Any) -> Stage:
     """RL on `questions`; fields of `Reinforce` make another method of it."""
-    options: dict[str, Any] = {"prompts": 16, "n": 8, "judge": "knights", "batch_size": 128,
+    options: dict[str, Any] = {"prompts": PROMPTS, "n": N, "judge": "knights", "batch_size": 256,
                                "sampling": Sampling(temperature=1.0, max_new_tokens=WRITTEN)} | reinforce
-    return Stage(name="rl", source=Store(path=questions, rows=options["prompts"] * options["n"], seq_len=LONGEST,
-                                         pack=False),
+    return Stage(name="rl", source=Store(path=questions, rows=PROMPTS * N * 5 // 8, seq_len=LONGEST),
                  providers={"student": Student(model=student)},
                  terms={"policy": TokenTerm(ppo_clip, per=sequence_mean, kwargs={"low": 0.2, "high": 0.2}),
                         **policy_metrics()},
-                 on_policy=Reinforce(**options), optim=AdamW(peak_lr=2e-4, warmup=10, b2=0.98), steps=steps,
-                 saving=Saving(steps=50, keep=1), log_every=5)
+                 on_policy=Reinforce(**options), optim=AdamW(peak_lr=3e-4, warmup=5, b2=0.98), steps=steps,
+                 saving=Saving(steps=20, keep=1), log_every=2)
 
 
 def recipe() -> Recipe:

@@ -18,7 +18,7 @@ from distill_jax.losses.rows.taid import taid
 from distill_jax.losses.targets import Full, SampledTarget
 from distill_jax.objective.controllers import TAIDSchedule
 from distill_jax.objective.term import Term
-from distill_jax.recipe import Recipe, Stage, Student
+from distill_jax.recipe import MeshShape, Recipe, Stage, Student
 from distill_jax.train.optim import AdamW
 from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces
@@ -68,6 +68,22 @@ def test_two_steps_on_each_signal(scored, name):
     losses = [v for line in lines for k, v in line.items() if k.endswith("loss")]
     assert len(losses) >= 2 and np.isfinite(losses).all() and losses[0] > 0
     assert sorted(p for p in (folder / "s").rglob("*") if p.is_file()) == before
+
+
+def test_hidden_states_on_two_meshes(scored):
+    """The stored head is split like the student's; the losses are those of another split."""
+    folder, _, model = scored
+    found = []
+    for shape in (MeshShape(data=2, fsdp=4), MeshShape(data=1, fsdp=2, tensor=4)):
+        recipe = Recipe(name=f"hidden{shape.tensor}", runs=str(folder / "runs"), mesh=shape, stages=(Stage(
+            source=Store(path=str(folder / "s"), signals=("hidden",), rows=8, seq_len=96),
+            providers={"student": Student(config=model.config, tokenizer=str(folder / "tok"), init_seed=1)},
+            terms={"kd": TERMS["hidden"]}, optim=AdamW(peak_lr=1e-3, warmup=1), steps=2, log_every=1),))
+        run_recipe(recipe)
+        lines = next((recipe.folder / "metrics").glob("*.jsonl")).read_text().splitlines()
+        found.append([x["loss"] for x in map(json.loads, lines) if "loss" in x])
+    assert len(found[0]) == 2 and found[0][0] > 0
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
 def test_heldout_rows_are_judged_with_the_controllers_of_the_end(scored):
