@@ -27,9 +27,9 @@ from distill_jax.train.optim import AdamW
 PEOPLE, QUESTIONS = 3, 100
 LONGEST, WRITTEN = 144, 112
 """Tokens of a row, and most tokens of an answer: a trace of the warm-up has at most 66, a longer search is RL's."""
-LESSON, WARMUP = 800, 2500
+LESSON, WARMUP = 800, 1500
 """Updates on puzzles of two people, then on those of `PEOPLE`; rows of 144 tokens hold about two puzzles each."""
-PROMPTS, N, STEPS = 50, 16, 60
+PROMPTS, N, STEPS = 50, 16, 40
 
 
 def start(lesson: int = LESSON, warmup: int = WARMUP) -> tuple[AnyStage, ...]:
