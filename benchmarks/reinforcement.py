@@ -91,7 +91,7 @@ class Bench:
                            **METHODS[name])
         self._run(Recipe(name=folder.name, runs=str(folder.parent), seed=seed, stages=(stage,)))
         records = self.records(folder, folder)
-        lines = [json.loads(x) for x in (folder / "metrics/train.jsonl").read_text().splitlines()]
+        lines = [json.loads(x) for x in (folder / f"metrics/{stage.name}.jsonl").read_text().splitlines()]
         curve = lambda key: [[x["step"], x[key]] for x in lines if key in x]
         result = {"name": name, "seed": seed, "steps": stage.steps, "accuracy": records.mean("correct"),
                   "thinking_tokens": records.mean("thinking_tokens"),
