@@ -1,12 +1,7 @@
 """Who answers: a model through the decoder, or a server that speaks the OpenAI chat protocol."""
 
-import http.client
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +9,7 @@ from distill_jax.data.render import prompt_ids, split_completion
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.decode import Completion, Generator, Sampling
 from distill_jax.eval.records import OVER_LONG, Answer, Answerer
+from distill_jax.rollout.engine import Engine, Refused, side_by_side
 
 CLOSE = "</think>"
 OPEN = "<think>"
@@ -91,37 +87,23 @@ class UrlAnswerer:
     pause: float = 1.0
 
     def __call__(self, questions: Sequence[str]) -> list[Answer]:
-        with ThreadPoolExecutor(self.parallel) as threads:
-            return list(threads.map(self._ask, questions))
+        return side_by_side(self.engine, self._ask, questions)
+
+    @property
+    def engine(self) -> Engine:
+        return Engine(url=self.url.rstrip("/"), model=self.model, api_key=self.api_key, parallel=self.parallel,
+                      timeout=self.timeout, retries=self.retries, pause=self.pause)
 
     def _ask(self, question: str) -> Answer:
         start = time.perf_counter()
         try:
-            reply = self._post({"model": self.model, "messages": [{"role": "user", "content": question}],
-                                "temperature": 0, "max_tokens": self.max_new_tokens})
+            reply = self.engine.request("chat/completions", {
+                "model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0,
+                "max_tokens": self.max_new_tokens})
             answer = parse_reply(reply)
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as e:
+        except (Refused, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             answer = Answer(text="", problem=_problem(e))
         return replace(answer, seconds=time.perf_counter() - start)
-
-    def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions",
-                                         data=json.dumps(body).encode(), headers=headers)
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as e:
-                if attempt == self.retries or not (e.code == 429 or e.code >= 500):
-                    raise ValueError(f"server: {e.code} {e.read().decode(errors='replace')[:300]}") from None
-            except (OSError, http.client.HTTPException):  # refused, broken off, or too slow
-                if attempt == self.retries:
-                    raise
-            time.sleep(self.pause * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def parse_reply(reply: Any) -> Answer:
@@ -153,4 +135,4 @@ def _problem(error: Exception) -> str:
     low = text.lower()
     if "context length" in low or "context_length" in low or "too long" in low or "maximum context" in low:
         return f"{OVER_LONG}: {text}"
-    return text if text.startswith("server:") else f"server: {type(error).__name__}: {text}"
+    return f"server: {text}" if isinstance(error, Refused | OSError) else f"server: {type(error).__name__}: {text}"
