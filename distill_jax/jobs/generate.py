@@ -7,7 +7,11 @@ as long as nothing was kept. The randomness of a sample depends on `--seed`, its
 
 import gzip
 import json
+import math
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +117,21 @@ class EngineSpec:
     parallel: int = 16
 
     def connect(self) -> Engine:
-        return Engine.connect(self.url, self.model, parallel=self.parallel,
+        return Engine.connect(self.url, self.model, parallel=self.parallel, report=Complaints(),
                               api_key=os.environ.get(self.api_key_env, ""))
+
+
+class Complaints:
+    """Says what went wrong with a server, a line in `every` seconds at most: a run that waits should not look dead."""
+
+    def __init__(self, every: float = 10.0) -> None:
+        self._every, self._last, self._lock = every, -math.inf, threading.Lock()
+
+    def __call__(self, problem: str) -> None:
+        with self._lock:
+            if time.monotonic() - self._last >= self._every:
+                self._last = time.monotonic()
+                print(f"{problem}; asking again", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from distill_jax.cli.main import main
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.decode import Sampling
 from distill_jax.jobs import generate as job
-from distill_jax.jobs.generate import Keeping, ModelTeacher, generate_store
+from distill_jax.jobs.generate import Complaints, Keeping, ModelTeacher, generate_store
 from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.jobs.write_store import write_store
 from distill_jax.recipe import Generate, Recipe, Score
@@ -185,3 +185,10 @@ def test_command_with_a_server(tok, tmp_path, capsys):
     made = list(TraceStore.open(str(tmp_path / "s")).traces())
     assert all(t.verdict and t.encoded is None and t.thinking == gold[t.question].thinking for t in made)
     assert made[0].provenance.teacher == "big" and made[0].scores == {"mean_logprob": -0.5}
+
+
+def test_a_server_in_trouble_is_said_now_and_then(capsys):
+    complain = Complaints(every=60.0)
+    for attempt in range(5):
+        complain(f"http://x/v1/models: refused, attempt {attempt}")
+    assert capsys.readouterr().err == "http://x/v1/models: refused, attempt 0; asking again\n"
