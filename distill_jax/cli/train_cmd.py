@@ -9,7 +9,8 @@ import typer
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="a recipe: configs/recipes/kd.py or a run's recipe.yaml")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="path=value, e.g. optim.peak_lr=1e-5")] = None,
+    set_: Annotated[list[str] | None, typer.Option(
+        "--set", help="path=value, e.g. optim.peak_lr=1e-5; * is every one: source.sources.*.seq_len=512")] = None,
     unsafe_code: Annotated[bool, typer.Option(
         "--unsafe-code", help="run programs that the model writes as this user where no sandbox can be had")] = False,
 ) -> None:

@@ -223,11 +223,16 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def set_path(value: Any, path: str, new: Any, where: str = "") -> Any:
     """A copy of `value` with the field at dotted `path` replaced, the new value converted by the field's annotation.
+    `*` stands for every element of a list or mapping: what must agree in all of them is set at once.
 
     Raises KeyError where the path does not exist and ValueError where the value does not fit.
     """
     head, _, rest = path.partition(".")
     here = f"{where}.{head}" if where else head
+    if head == "*" and isinstance(value, Mapping) and value:
+        return {k: _replaced(x, rest, new, Any, f"{here}[{k}]") for k, x in value.items()}
+    if head == "*" and isinstance(value, list | tuple) and value:
+        return tuple(_replaced(x, rest, new, Any, f"{here}[{i}]") for i, x in enumerate(value))
     if isinstance(value, Mapping):
         if head not in value:
             raise KeyError(here)

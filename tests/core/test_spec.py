@@ -51,6 +51,7 @@ def test_set_path_converts_and_refuses():
     a = Outer(table={"x": Inner()})
     assert spec.set_path(a, "inner.rate", "1e-5").inner.rate == 1e-5
     assert spec.set_path(a, "table.x.roles", ["answer"]).table["x"].roles == (Role.ANSWER,)
+    assert spec.set_path(a, "table.*.roles", ["answer"]).table["x"].roles == (Role.ANSWER,)
     assert spec.set_path(a, "n", 3).n == 3 and spec.set_path(a, "n", None).n is None
     with pytest.raises(ValueError, match=r"inner\.rate: got 'fast' .*expected float"):
         spec.set_path(a, "inner.rate", "fast")
