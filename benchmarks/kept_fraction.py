@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.world_cells import HOLDOUT, PACKED, WORLDS, Bench, Cell, machine, run_cells, summaries
+from benchmarks.world_cells import HOLDOUT, PACKED, WORLDS, Bench, Cell, machine, run_cells, summaries, today
 from distill_jax.core.roles import ANSWER, THINK, Role
 from distill_jax.data.source_specs import Prefix
 from distill_jax.data.sources import open_source
@@ -63,7 +63,7 @@ def _tokens(bench: Bench, cell: Cell) -> int:
 
 def write(bench: Bench, results: list[dict[str, Any]], wanted: int) -> None:
     found = summaries(bench, results, name_of(results[0]["name"].partition("@")[0], 1.0))
-    value = {"machine": machine(), "world": vars(bench.world), "cells": [len(results), wanted], "holdout": HOLDOUT,
+    value = {"machine": machine(), "date": today(), "world": vars(bench.world), "cells": [len(results), wanted], "holdout": HOLDOUT,
              "students": found}
     bench.publish("kept_fraction", value, table(value), plot(found))
 
@@ -74,7 +74,7 @@ def table(value: Mapping[str, Any]) -> str:
     most, found = str(max(value["world"]["ks"])), value["students"]
     lines = ["# Accuracy against the kept fraction", ""]
     lines += [f"**Partial: {done} of {wanted} cells.**", ""] if done < wanted else []
-    lines += [f"{value['machine']}. {100 * WHOLE:.0f}% of the questions stay whole.", "",
+    lines += [f"{value['machine']}; {value['date']}. {100 * WHOLE:.0f}% of the questions stay whole.", "",
               f"| section | share | seeds | updates | accuracy, k={most} | of whole | KL to teacher | s/update |",
               "|---|---|---|---|---|---|---|---|"]
     for name, m in found.items():

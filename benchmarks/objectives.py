@@ -15,7 +15,6 @@ over questions.
 """
 
 import argparse
-import datetime
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.world_cells import WORLDS, Bench, Cell, machine, run_cells, summaries
+from benchmarks.world_cells import WORLDS, Bench, Cell, machine, run_cells, summaries, today
 from distill_jax.decode.sampling import Sampling
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl, generalized_jsd, reverse_kl
@@ -108,7 +107,7 @@ def available(names: Sequence[str], steps: int) -> tuple[list[str], dict[str, st
 
 def write(bench: Bench, results: list[dict[str, Any]], wanted: int, cannot: Mapping[str, str]) -> None:
     found = summaries(bench, results, BASELINE)
-    value = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    value = {"machine": machine(), "date": today(),
              "world": vars(bench.world), "cells": [len(results), wanted], "not_available": dict(cannot),
              "teacher_entropy": bench.signal(f"topk:{K}")["entropy"], "methods": found}
     bench.publish("objectives", value, table(value), plot(found))

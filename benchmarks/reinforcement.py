@@ -13,7 +13,6 @@ thinking tokens are of greedy answers to held-out puzzles; intervals are 95%, a 
 """
 
 import argparse
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.world_cells import machine, run_cells
+from benchmarks.world_cells import machine, run_cells, today
 from configs.recipes import grpo_kk
 from configs.recipes.grpo_kk import WRITTEN
 from distill_jax.data.tokenizer import load_tokenizer
@@ -122,7 +121,7 @@ class Bench:
         records = {"warm-up": self.records(self.folder / "start/warmup", self.folder / "start")} | {
             name: Records(rows=of(rows), model=name) for name, rows in by_name.items()}
         found = {name: self._row(name, records, by_name.get(name, [])) for name in records}
-        value = {"machine": machine(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        value = {"machine": machine(), "date": today(),
                  "size": vars(self.size), "cells": [len(results), wanted], "methods": found}
         (self.folder / "reinforcement.json").write_text(json.dumps(value, indent=1))
         text = table(value)

@@ -6,6 +6,7 @@ Everything is kept under one folder and goes on where it was stopped: a cell tha
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -272,6 +273,10 @@ def summaries(bench: Bench, results: Sequence[Mapping[str, Any]], baseline: str)
 
 def _same_items(a: Records, b: Records) -> bool:
     return sorted(r.id for r in a.rows) == sorted(r.id for r in b.rows)
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def machine() -> str:
