@@ -63,8 +63,8 @@ def _tokens(bench: Bench, cell: Cell) -> int:
 
 def write(bench: Bench, results: list[dict[str, Any]], wanted: int) -> None:
     found = summaries(bench, results, name_of(results[0]["name"].partition("@")[0], 1.0))
-    value = {"machine": machine(), "date": today(), "world": vars(bench.world), "cells": [len(results), wanted], "holdout": HOLDOUT,
-             "students": found}
+    value = {"machine": machine(), "date": today(), "world": vars(bench.world), "cells": [len(results), wanted],
+             "holdout": HOLDOUT, "students": found}
     bench.publish("kept_fraction", value, table(value), plot(found))
 
 
