@@ -113,11 +113,23 @@ class OnPolicySteering:
     def _asked(self, first: int) -> list[Trace]:
         """The `prompts` questions from number `first` on: each once, in an order that the seed decides, then all again.
         """
-        n, out = len(self._questions), []
-        for i in range(first, first + self.spec.prompts):
-            order = np.random.default_rng([self._seed, 3, i // n]).permutation(n)
-            out.append(self._questions[order[i % n]])
-        return out
+        n, prompts = len(self._questions), self.spec.prompts
+        orders = {e: order_of(e, n, prompts, self._seed) for e in range(first // n, (first + prompts - 1) // n + 1)}
+        return [self._questions[orders[i // n][i % n]] for i in range(first, first + prompts)]
+
+
+def order_of(epoch: int, n: int, prompts: int, seed: int) -> np.ndarray:
+    """int64 [n]: the order of n questions in an epoch, of which each round asks the next `prompts`.
+
+    With no more prompts than questions, a round that begins in one epoch and ends in the next asks none twice: it would
+    get the same answers twice.
+    """
+    order = np.zeros(0, np.int64)
+    for e in range(epoch + 1):
+        drawn = np.random.default_rng([seed, 3, e]).permutation(n)
+        late = np.isin(drawn, order[n - n * e % prompts:] if e else order)  # what such a round has asked before
+        order = np.concatenate([drawn[~late], drawn[late]])
+    return order
 
 
 def questions_of(opened: BatchSource, prompt_length: Callable[[Trace], int], longest: int) -> list[Trace]:

@@ -7,10 +7,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distill_jax.data.sources import BatchSource
 from distill_jax.data.tokenizer import load_tokenizer
-from distill_jax.jobs.on_policy import OnPolicySteering
+from distill_jax.jobs.on_policy import OnPolicySteering, order_of
 from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.recipe import Stage, load_recipe
 from distill_jax.rollout.on_policy import OnPolicy
@@ -123,3 +125,13 @@ def test_what_cannot_be_is_said(world, tmp_path):
         Stage(source=stage.source, providers=stage.providers, terms=stage.terms, on_policy=OnPolicy())
     with pytest.raises(ValueError, match="leaves room for max_new_tokens"):
         run_recipe(tiny(world, tmp_path, "on_policy.sampling.max_new_tokens=127"), lambda line: None)
+
+
+@given(n=st.integers(1, 12), rounds=st.integers(1, 12), seed=st.integers(0, 99), data=st.data())
+def test_no_round_asks_a_question_twice(n, rounds, seed, data):
+    prompts = data.draw(st.integers(1, n))
+    asked = [int(order_of(i // n, n, prompts, seed)[i % n]) for i in range(rounds * prompts)]
+    for r in range(rounds):
+        assert len(set(asked[r * prompts:(r + 1) * prompts])) == prompts
+    often = [asked.count(q) for q in range(n)]
+    assert max(often) - min(often) <= 1
