@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from distill_jax.jobs.run_recipe import write_or_compare
-from distill_jax.recipe import Call, Recipe, load_recipe
+from distill_jax.recipe import Call, Recipe
+from distill_jax.recipe_file import load_recipe
 
 SFT = str(Path(__file__).parents[1] / "configs/recipes/sft.py")
 

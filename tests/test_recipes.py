@@ -6,7 +6,8 @@ import pytest
 
 from distill_jax.core import spec
 from distill_jax.objective.term import build_objective
-from distill_jax.recipe import Recipe, Stage, load_recipe, resolve
+from distill_jax.recipe import Recipe, Stage, resolve
+from distill_jax.recipe_file import load_recipe
 from distill_jax.train.sources import provider_of
 
 RECIPES = sorted(p for p in (Path(__file__).parents[1] / "configs/recipes").glob("*.py") if p.stem != "__init__")

@@ -20,7 +20,7 @@ def plan(
 
     from distill_jax.jobs import hardware
     from distill_jax.jobs.plan import fits, plan_recipe, table
-    from distill_jax.recipe import load_recipe
+    from distill_jax.recipe_file import load_recipe
 
     name, device, count = hardware.parse(on)
     plans = plan_recipe(load_recipe(recipe, set_), device, count)

@@ -18,7 +18,7 @@ def train(
     from distill_jax.jobs.processes import index, join
 
     join()
-    from distill_jax.recipe import load_recipe
+    from distill_jax.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, set_)
     from distill_jax.jobs.run_recipe import allow_unsafe_code, run_recipe

@@ -19,4 +19,4 @@ def parse_mesh(text: str) -> Mesh | None:
             raise ValueError(f"--mesh {text!r}: expected axis=size with each of {', '.join(AXES)} at most once, "
                              f"got {part.strip()!r}")
         sizes[axis] = int(size)
-    return make_mesh(data=sizes.get("data", 1), fsdp=sizes.get("fsdp", 1), tensor=sizes.get("tensor", 1))
+    return make_mesh(devices=None, **sizes)

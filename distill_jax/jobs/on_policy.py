@@ -20,6 +20,7 @@ from distill_jax.jobs.rounds import drop_rounds
 from distill_jax.jobs.write_store import write_store
 from distill_jax.rollout.generation import with_real_ids
 from distill_jax.rollout.on_policy import OnPolicy
+from distill_jax.sharding import row_shards
 from distill_jax.traces.store import TraceStore
 from distill_jax.traces.trace import FLAG_TRUNCATED, Trace
 
@@ -107,7 +108,7 @@ class OnPolicySteering:
 
     def _rows(self) -> int:
         """Rows of a decoding batch: what was asked for, as a multiple of the row shards of the mesh."""
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        shards = row_shards(self._mesh)
         return -(-self.spec.batch_size // shards) * shards
 
     def _asked(self, first: int) -> list[Trace]:

@@ -10,7 +10,8 @@ from typing import Any
 from distill_jax.data.source_specs import Mix, Source, Store, map_stores, stores
 from distill_jax.data.sources import Reading, Readings
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
-from distill_jax.recipe import Recipe, Stage, Student, load_recipe, resolve
+from distill_jax.recipe import Recipe, Stage, Student, resolve
+from distill_jax.recipe_file import load_recipe
 from distill_jax.traces.store import TraceStore
 
 

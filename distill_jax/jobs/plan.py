@@ -5,6 +5,7 @@ step keeps by its remat policy, counted from the shapes (the compiler may do bet
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,15 +133,13 @@ def _projector_params(spec: AnyProjector, configs: Mapping[str, ModelConfig]) ->
 
 def _mesh_factors(recipe: Recipe, devices: int) -> tuple[int, int]:
     """(devices the parameters are split over, devices the rows are split over)."""
-    sizes = {"data": recipe.mesh.data, "fsdp": recipe.mesh.fsdp, "tensor": recipe.mesh.tensor}
-    known = 1
-    for v in sizes.values():
-        known *= max(v, 1)
+    sizes = recipe.mesh.sizes
+    known = math.prod(max(v, 1) for v in sizes.values())
     sizes = {k: (max(1, devices // known) if v == -1 else v) for k, v in sizes.items()}
-    product = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    product = math.prod(sizes.values())
     if product != devices:
         raise ValueError(f"mesh {sizes} has {product} devices, --on has {devices}; change mesh.* or the count")
-    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"]
+    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["expert"]
 
 
 def _activation_bytes(c: ModelConfig, provider: Student, compute: int) -> float:

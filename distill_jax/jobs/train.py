@@ -94,8 +94,7 @@ def resolved(source: Source, context: RunContext) -> Any:
 
 def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     """Run one training stage to its end. Raises `Stopped` after SIGTERM or Ctrl-C, with everything saved."""
-    shape = context.recipe.mesh
-    mesh = make_mesh(data=shape.data, fsdp=shape.fsdp, tensor=shape.tensor)
+    mesh = make_mesh(devices=None, **context.recipe.mesh.sizes)
     providers = {n: open_provider(p, context, mesh) for n, p in stage.models.items()}
     models = {n: p.model for n, p in providers.items()}
     configs = {n: m.config for n, m in models.items()}

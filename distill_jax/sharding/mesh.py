@@ -1,4 +1,11 @@
-"""The device mesh: axes `data` (replicas), `fsdp` (parameters and rows), `tensor` (heads, MLP, vocabulary)."""
+"""The device mesh. Outermost first, so that what talks most lies closest:
+
+data     replicas: rows
+fsdp     rows, and parameters in parts
+expert   rows, and the experts of a mixture
+context  tokens of a row
+tensor   heads, MLP, vocabulary
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,18 +15,20 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROW_AXES = ("data", "fsdp", "expert")
+"""Axes that the rows of a batch are cut over."""
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None, *,
+              expert: int = 1, context: int = 1) -> Mesh:
     """A mesh over `devices` (all of them by default) with Auto axes; at most one size may be -1 ("the rest").
 
     Raises ValueError, naming both counts, when the sizes do not multiply to the number of devices.
     """
     pool = list(jax.devices() if devices is None else devices)
-    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor)))
-    wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, expert, context, tensor)))
+    wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "of one device"
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh {wanted}: sizes must be positive, and at most one of them -1 (the rest)")
@@ -40,5 +49,10 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
 
 
 def batch_spec() -> PartitionSpec:
-    """Rows of a batch are spread over every axis but `tensor`; tokens of a row stay together."""
+    """Rows of a batch are spread over `ROW_AXES`; tokens of a row stay together."""
     return PartitionSpec(ROW_AXES)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are cut into: their number must be a multiple of it."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES if axis in mesh.shape)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from distill_jax.core.batch import Batch
-from distill_jax.sharding import batch_spec
+from distill_jax.sharding import batch_spec, row_shards
 
 Tree = Any
 
@@ -31,10 +31,10 @@ class Feed:
 
     def __init__(self, source: BatchSource, mesh: Mesh, start: int, serve: Serve) -> None:
         self._sharding = NamedSharding(mesh, batch_spec())
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = row_shards(mesh)
         if source.batch_size % shards:
-            raise ValueError(f"a batch of {source.batch_size} rows does not divide over data x fsdp = {shards} "
-                             f"devices; make it a multiple of {shards}, or change the mesh")
+            raise ValueError(f"a batch of {source.batch_size} rows does not divide over the {shards} parts that the "
+                             f"mesh cuts rows into; make it a multiple of {shards}, or change the mesh")
         self._share, self._shares = row_share(self._sharding, source.batch_size)
         self._rows = serve(source, start, self._share, self._shares)
 

@@ -19,7 +19,7 @@ from distill_jax.core.head import Head
 from distill_jax.data.views import Derived, with_made
 from distill_jax.models.projectors import ProjectorModel
 from distill_jax.objective.term import Objective, Weights
-from distill_jax.sharding import batch_spec
+from distill_jax.sharding import batch_spec, row_shards
 from distill_jax.train.flops import Flops
 from distill_jax.train.sources import Made, make_sources, needed_states, provider_of, stored_sources
 from distill_jax.train.state import Optimizers, TrainState
@@ -194,13 +194,13 @@ def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:
 
     Taken in turn, each device keeps its own rows: nothing is sent. Raises ValueError where rows do not divide.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     spec = NamedSharding(mesh, PartitionSpec(None, *batch_spec()))
 
     def one(x: Array) -> Array:
         if x.shape[0] % (parts * shards):
-            raise ValueError(f"{x.shape[0]} rows cannot be cut into micro_batches={parts} over data x fsdp={shards} "
-                             f"devices; make the batch a multiple of {parts * shards}")
+            raise ValueError(f"{x.shape[0]} rows cannot be cut into micro_batches={parts} over the {shards} parts that "
+                             f"the mesh cuts rows into; make the batch a multiple of {parts * shards}")
         cut = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
         return jax.lax.with_sharding_constraint(cut, spec)
 

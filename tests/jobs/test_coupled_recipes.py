@@ -10,7 +10,8 @@ from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.jobs.hardware import DEVICES
 from distill_jax.jobs.plan import plan_stage
 from distill_jax.jobs.run_recipe import run_recipe
-from distill_jax.recipe import Projector, Stage, load_recipe
+from distill_jax.recipe import Projector, Stage
+from distill_jax.recipe_file import load_recipe
 from distill_jax.train.checkpoint import latest_params
 from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces

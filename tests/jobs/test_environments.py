@@ -16,7 +16,8 @@ from distill_jax.jobs.pass_rates import rated, rates_of
 from distill_jax.jobs.reinforce import ReinforceSteering, RoundSource
 from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.objective.term import build_objective
-from distill_jax.recipe import Call, Generate, MeshShape, Recipe, Saving, Stage, Student, load_recipe
+from distill_jax.recipe import Call, Generate, MeshShape, Recipe, Saving, Stage, Student
+from distill_jax.recipe_file import load_recipe
 from distill_jax.rewards.algebra import Reward
 from distill_jax.rollout.environments import CLOSED, Budgeted, Chunked, EarlyExits, Mode, Modes
 from distill_jax.rollout.generation import CLOSE

@@ -14,7 +14,8 @@ from distill_jax.data.sources import BatchSource
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.jobs.on_policy import OnPolicySteering, order_of
 from distill_jax.jobs.run_recipe import run_recipe
-from distill_jax.recipe import Stage, load_recipe
+from distill_jax.recipe import Stage
+from distill_jax.recipe_file import load_recipe
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.traces.store import TraceStore
 from distill_jax.train.checkpoint import latest_params

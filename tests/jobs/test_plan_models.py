@@ -6,7 +6,8 @@ import pytest
 
 from distill_jax.jobs import plan
 from distill_jax.models import families
-from distill_jax.recipe import Recipe, Stage, Student, load_recipe
+from distill_jax.recipe import Recipe, Stage, Student
+from distill_jax.recipe_file import load_recipe
 from tests.jobs.teachers import tiny_model
 
 

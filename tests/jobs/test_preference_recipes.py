@@ -20,7 +20,8 @@ from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.jobs.score import ScoreJob, score
 from distill_jax.jobs.write_store import write_store
 from distill_jax.losses.tokens.preference import dpo
-from distill_jax.recipe import Recipe, Saving, Stage, Student, load_recipe
+from distill_jax.recipe import Recipe, Saving, Stage, Student
+from distill_jax.recipe_file import load_recipe
 from distill_jax.traces.pairing import BestWorst, RightWrong
 from distill_jax.traces.world.generate import WorldSpec, traces
 from distill_jax.traces.world.tokenizer import build_tokenizer

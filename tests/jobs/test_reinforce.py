@@ -25,7 +25,8 @@ from distill_jax.losses.tokens.aggregate import sequence_mean
 from distill_jax.losses.tokens.policy import ppo_clip
 from distill_jax.objective.term import Term
 from distill_jax.objective.tokens import TokenTerm, policy_metrics
-from distill_jax.recipe import MeshShape, Recipe, Saving, Stage, Student, load_recipe
+from distill_jax.recipe import MeshShape, Recipe, Saving, Stage, Student
+from distill_jax.recipe_file import load_recipe
 from distill_jax.rewards.algebra import Reward, Sum
 from distill_jax.rollout.advantages import group_mean, group_z
 from distill_jax.rollout.reinforce import Monitor, Reinforce

@@ -230,6 +230,6 @@ def test_command(tok, tmp_path, capsys):
 
 def test_parse_mesh():
     assert parse_mesh("") is None
-    assert dict(parse_mesh("data=2, fsdp=-1").shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(parse_mesh("data=2, fsdp=-1").shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     with pytest.raises(ValueError, match="needs 3 devices"):
         parse_mesh("tensor=3")

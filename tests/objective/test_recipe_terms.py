@@ -10,7 +10,8 @@ import pytest
 from distill_jax.core.batch import Batch, Sampled, Stream, TopK
 from distill_jax.core.head import Head
 from distill_jax.objective.term import build_objective
-from distill_jax.recipe import Stage, load_recipe
+from distill_jax.recipe import Stage
+from distill_jax.recipe_file import load_recipe
 
 B, T, D, V = 2, 8, 4, 600
 FOLDER = Path(__file__).parents[2] / "configs/recipes"

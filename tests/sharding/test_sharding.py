@@ -13,7 +13,7 @@ P = PartitionSpec
 
 def test_mesh_takes_the_rest():
     mesh = make_mesh(data=2, fsdp=-1, tensor=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
