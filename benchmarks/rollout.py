@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.step import config_of
+from benchmarks.peers import config_of
 from distill_jax.core.tree import nbytes
 from distill_jax.decode import Generator, Request, Sampling
 from distill_jax.models import hf
@@ -204,7 +204,7 @@ def main() -> None:
     work = Workload(prompts=args.prompts, samples=args.samples, mean=args.mean, limit=args.limit, slots=args.slots)
     if args.small:
         work = Workload(prompts=4, samples=4, shortest=4, longest=16, mean=6, limit=16, slots=4)
-    result = measure(config_of(args.small), work, 1 if args.small else args.repeats, args)
+    result = measure(config_of("small" if args.small else "10m"), work, 1 if args.small else args.repeats, args)
     machine = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0))}
     if args.torch:
         import torch

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from distill_jax.models import cache as kv_cache
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.product import gated, product
 from distill_jax.models.rope import rotate
 from distill_jax.models.scores import Layout, Score, wide
 from distill_jax.sharding import constrain
@@ -89,7 +90,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         dtype = wide(x.dtype)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
-        y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+        y = product(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)[None, :]
         return y.reshape(*x.shape[:-1], self.features)
@@ -156,7 +157,7 @@ class MLP(nn.Module):
         self.down = Dense(c.hidden_size, c.mlp_bias, c.init_std)
 
     def __call__(self, x: Array) -> Array:
-        inner = ACTIVATIONS[self.config.activation](self.gate(x)) * self.up(x)
+        inner = gated(ACTIVATIONS[self.config.activation], self.gate(x), self.up(x))
         return self.down(constrain(inner, "mlp"))
 
 

@@ -27,7 +27,7 @@ from distill_jax.models.scores import Layout, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
 
 Array = Any
-UNROLLED = 4  # stacks up to so many layers are unrolled
+UNROLLED = 6  # stacks up to so many layers are unrolled
 
 
 @jax.tree_util.register_dataclass

@@ -214,6 +214,6 @@ def test_a_fresh_student_serves_in_transformers(tmp_path, scaling):
 
 def test_training_is_that_of_torch():
     """Five updates of the trainer's step against a torch loop: the same losses (the small side of the benchmark)."""
-    from benchmarks.step import config_of, measure
+    from benchmarks.peers import compare
 
-    assert measure(config_of(small=True), rows=2, length=32, steps=3)["largest_relative_loss_gap"] < 1e-5
+    assert compare("small", "ce", "float32", rows=2, length=32, steps=3)["largest_relative_loss_gap"] < 1e-5
