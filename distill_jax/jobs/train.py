@@ -30,6 +30,7 @@ from distill_jax.jobs.rounds import batch_flops, spent
 from distill_jax.loading import load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families
+from distill_jax.models.parallel import check_mesh
 from distill_jax.models.transformer import Transformer
 from distill_jax.objective.chunks import kernel_spec
 from distill_jax.objective.reduce import means
@@ -106,6 +107,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     if source.seq_len > student.model.config.context_length:
         raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
                          f"{student.model.config.context_length}; lower source.seq_len")
+    for name, model in models.items():
+        check_mesh(model.config, mesh, source.seq_len, name)
     objective = build_objective(stage.terms, stage.steps)
     if missing := sorted(set(objective.signals) - set(source.signals)):
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "

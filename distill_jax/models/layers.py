@@ -1,7 +1,6 @@
 """The parts of one decoder layer. Legend as in `transformer`; F is the MLP's inner size.
 
 Parameters are float32 (float64 when computing in float64) and cast to the compute dtype where they are used.
-Projections flatten rows and tokens first: two-dimensional products are what every backend runs fastest.
 """
 
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from distill_jax.models import cache as kv_cache
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.parallel import spread
 from distill_jax.models.product import gated, product
 from distill_jax.models.rope import rotate
 from distill_jax.models.scores import Layout, Score, wide
@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x [..., in] -> [..., features] by one two-dimensional product."""
+    """x [..., in] -> [..., features]: one product (`product`)."""
 
     features: int
     bias: bool
@@ -90,10 +90,11 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         dtype = wide(x.dtype)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
-        y = product(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+        y = product(x, kernel.astype(x.dtype))
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)[None, :]
-        return y.reshape(*x.shape[:-1], self.features)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
+            y = y + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+        return y
 
 
 class Attention(nn.Module):
@@ -124,7 +125,7 @@ class Attention(nn.Module):
             state = State(x=state.x, taps=state.taps, k=put(state.k, new=k), v=put(state.v, new=v))
             assert state.k is not None and state.v is not None
             k, v = state.k[index].astype(q.dtype), state.v[index].astype(q.dtype)
-        out = self._attend(q, constrain(k, "heads"), constrain(v, "heads"), slides, shared.layout)
+        out = self._attend(q, constrain(k, "heads"), constrain(v, "heads"), slides, shared.layout, state.k is None)
         out = constrain(out, "heads").transpose(0, 2, 1, 3).reshape(*x.shape[:2], c.num_heads * c.head_dim)
         return self.o(out), state
 
@@ -134,15 +135,16 @@ class Attention(nn.Module):
         cos, sin = (jnp.where(slides, a, b) for a, b in zip(shared.local_rope, shared.rope))
         return cos, sin
 
-    def _attend(self, q: Array, k: Array, v: Array, slides: Array, layout: Layout) -> Array:
+    def _attend(self, q: Array, k: Array, v: Array, slides: Array, layout: Layout, by_hand: bool) -> Array:
+        """by_hand: each device on its share (`parallel.spread`); with a cache the partitioner decides."""
         c, a = self.config, self.config.attention
         scale = c.head_dim ** -0.5 if a.scale is None else a.scale
-        full = partial(attend, layout=layout, implementation=self.implementation,
-                       score=Score(scale=scale, soft_cap=a.soft_cap))
+        full = partial(attend, implementation=self.implementation, score=Score(scale=scale, soft_cap=a.soft_cap))
         local = partial(full, score=Score(scale=scale, soft_cap=a.soft_cap, window=a.window))
+        run = partial(spread, layout=layout) if by_hand else lambda fn, q, k, v: fn(q, k, v, layout)
         if any(c.sliding) and not all(c.sliding):  # both compiled with a static window; one of them runs
-            return jax.lax.cond(slides, local, full, q, k, v)
-        return (local if any(c.sliding) else full)(q, k, v)
+            return jax.lax.cond(slides, partial(run, local), partial(run, full), q, k, v)
+        return run(local if any(c.sliding) else full, q, k, v)
 
 
 class MLP(nn.Module):

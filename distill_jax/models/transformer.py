@@ -23,6 +23,7 @@ from distill_jax.core.head import Head
 from distill_jax.models.cache import Cache, new_cache, slots
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.layers import REMAT, Layer, RMSNorm, Shared, State
+from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
 from distill_jax.models.scores import Layout, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
 
@@ -50,7 +51,7 @@ class Embed(nn.Module):
         c = self.config
         table = self.param("embedding", nn.initializers.normal(c.init_std), (c.vocab_size, c.hidden_size),
                            wide(self.dtype))
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = lookup(table, tokens, self.dtype)
         return x if c.embed_scale == 1.0 else x * jnp.asarray(c.embed_scale, self.dtype)
 
 
@@ -129,8 +130,16 @@ class Transformer(nn.Module):
         taps          layers (0 to L-1, negative from the end) whose outputs to return
         """
         c = self.config
+        length = (tokens if inputs_embeds is None else inputs_embeds).shape[1]
+        parts = context_parts(length) if cache is None else 1
+        order = np.arange(length, dtype=np.int32) if parts == 1 else zigzag(length, parts)
+        if positions is None and cache is None:
+            positions = np.arange(length)[None] if segment_ids is None else segment_positions(segment_ids)
+        if parts > 1:
+            tokens, positions, segment_ids, inputs_embeds = (
+                None if x is None else x[:, order] for x in (tokens, positions, segment_ids, inputs_embeds))
         x = self.embed(tokens) if inputs_embeds is None else inputs_embeds.astype(self.dtype)
-        shared, lengths = self._shared(x.shape, positions, segment_ids, cache, taps)
+        shared, lengths = self._shared(x.shape, order, positions, segment_ids, cache, taps)
         state = State(x=constrain(x, "hidden"), k=None if cache is None else cache.k,
                       v=None if cache is None else cache.v,
                       taps=jnp.zeros((len(taps), *x.shape), self.dtype) if taps else None)
@@ -138,29 +147,30 @@ class Transformer(nn.Module):
         state, _ = self.layers(state, index, slides, shared)
         if cache is not None:
             cache = Cache(k=state.k, v=state.v, lengths=lengths)
-        return Hidden(hidden=self.final_norm(state.x), cache=cache,
-                      taps=() if state.taps is None else tuple(state.taps[i] for i in range(len(taps))))
+        ordered = lambda x: constrain(x, "hidden") if parts == 1 else straightened(x, parts)
+        return Hidden(hidden=ordered(self.final_norm(state.x)), cache=cache,
+                      taps=() if state.taps is None else tuple(ordered(state.taps[i]) for i in range(len(taps))))
 
     def embedding(self, tokens: Array) -> Array:
         """[B,T,D] what the first layer reads of each token; `method="embedding"`."""
         return self.embed(tokens)
 
-    def _shared(self, shape: tuple[int, ...], positions: Array | None, segment_ids: Array | None,
+    def _shared(self, shape: tuple[int, ...], order: np.ndarray, positions: Array | None, segment_ids: Array | None,
                 cache: Cache | None, taps: Sequence[int]) -> tuple[Shared, Array | None]:
-        """-> what all layers see, and the cache's new lengths."""
+        """order [T]: which token of the row stands where -> what all layers see, and the cache's new lengths."""
         c, a = self.config, self.config.attention
         rows, tokens = shape[:2]
-        order = jnp.arange(tokens, dtype=jnp.int32)[None]
         if cache is None:
-            layout = Layout(q_index=order, k_index=order, q_segments=segment_ids, k_segments=segment_ids)
+            index = jnp.asarray(order)[None]
+            layout = Layout(q_index=index, k_index=index, q_segments=segment_ids, k_segments=segment_ids)
             real = slot = lengths = None
-            default = order if segment_ids is None else segment_positions(segment_ids)
         else:
             real = jnp.ones((rows, tokens), bool) if segment_ids is None else segment_ids != 0
             slot, lengths = slots(cache.lengths, real)
             layout = Layout(q_index=slot, k_index=jnp.arange(cache.capacity, dtype=jnp.int32)[None])
-            default = jnp.maximum(slot, 0)
-        where = jnp.broadcast_to(default if positions is None else positions, (rows, tokens))
+            positions = jnp.maximum(slot, 0) if positions is None else positions
+        assert positions is not None
+        where = jnp.broadcast_to(positions, (rows, tokens))
         longest = tokens if cache is None else cache.capacity
         local = None if a.local_rope is None else a.local_rope.tables(where, c.head_dim, longest)
         picked = jnp.asarray([self._layer_number(t) for t in taps], jnp.int32) if taps else None

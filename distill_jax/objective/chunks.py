@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core.batch import Sampled, Signal, TokenLogprob, TopK
 from distill_jax.core.head import Head, wide
 from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, Target, TopKTarget
 from distill_jax.losses.tokens.inputs import Tokens
+from distill_jax.sharding import fit_spec
 from distill_jax.sharding.mesh import ROW_AXES
 
 Array = Any
@@ -100,6 +101,7 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
     by_token = PartitionSpec(rows or None, columns or None)
     B, T = fields.tokens.shape
     hiddens, fields = _pad((hiddens, fields), -B % _size(mesh, rows), -T % _size(mesh, columns))
+    fields = by_row(fields, mesh)  # else the cut by `columns` spreads to the shifts before it, and they send
     out_grads = {s: Grads(hidden=by_token if w.hidden else None,
                           kernel=kernels[s] if w.kernel else None,
                           bias=PartitionSpec() if w.bias else None) for s, w in wanted.items()}
@@ -111,8 +113,15 @@ def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str
         out_specs=Result(total=everywhere, values=dict.fromkeys(terms, by_token), grads=out_grads),
     )(hiddens, heads, fields, dynamic)
     cut = lambda x: x if x is None else x[:B, :T]
-    return Result(out.total, {n: cut(v) for n, v in out.values.items()},
+    return Result(out.total, {n: cut(v) for n, v in by_row(out.values, mesh).items()},
                   {s: g._replace(hidden=cut(g.hidden)) for s, g in out.grads.items()})
+
+
+def by_row(tree: Any, mesh: Mesh) -> Any:
+    """Arrays [B,T,...] in the layout that batches come in: rows over their axes, tokens over `context`."""
+    spec = PartitionSpec(ROW_AXES, "context")
+    one = lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit_spec(spec, x.shape, mesh.shape)))
+    return jax.tree.map(one, tree)
 
 
 def kernel_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:

@@ -34,10 +34,11 @@ PARAMS: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 ACTIVATIONS: Mapping[str, PartitionSpec] = {
-    "hidden": P(ROW_AXES, None, None),  # [B, T, D]
-    "heads": P(ROW_AXES, "tensor", None, None),  # [B, H, T, head_dim]
-    "mlp": P(ROW_AXES, None, "tensor"),  # [B, T, F]
-    "logits": P(ROW_AXES, None, "tensor"),  # [B, T, V]
+    "tokens": P(ROW_AXES, "context"),  # [B, T]
+    "hidden": P(ROW_AXES, "context", None),  # [B, T, D]
+    "heads": P(ROW_AXES, "tensor", "context", None),  # [B, H, T, head_dim]
+    "mlp": P(ROW_AXES, "context", "tensor"),  # [B, T, F]
+    "logits": P(ROW_AXES, "context", "tensor"),  # [B, T, V]
     "cache": P(None, ROW_AXES, "tensor", None, None),  # [L, B, K, S, head_dim]
 }
 
@@ -101,11 +102,20 @@ def constrain(x: Any, name: str) -> Any:
 
     Inside `shard_map` the axes it maps over are left alone: there `x` already is one shard.
     """
-    spec = _active.get().activation_spec(name)
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {axis: size for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-             if kind == AxisType.Auto and size > 1}
-    if not sizes:
+    spec = active_rules().activation_spec(name)
+    if not (sizes := auto_axes()):
         return x
     assert x.ndim == len(spec), f"activation {name!r} has {x.ndim} dimensions, its rule {spec} has {len(spec)}"
     return jax.lax.with_sharding_constraint(x, fit_spec(spec, x.shape, sizes))
+
+
+def active_rules() -> Rules:
+    """The table in force: of `use_rules`, or the default one."""
+    return _active.get()
+
+
+def auto_axes() -> dict[str, int]:
+    """{axis: size} of the mesh set with `jax.set_mesh`: axes of several devices that no `shard_map` maps over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: size for axis, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+            if kind == AxisType.Auto and size > 1}

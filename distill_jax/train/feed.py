@@ -5,10 +5,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core.batch import Batch
-from distill_jax.sharding import batch_spec, row_shards
+from distill_jax.sharding import batch_spec, fit_spec, row_shards
 
 Tree = Any
 
@@ -30,19 +30,19 @@ class Feed:
     """Iterator over global batches on the mesh, from step `start`."""
 
     def __init__(self, source: BatchSource, mesh: Mesh, start: int, serve: Serve) -> None:
-        self._sharding = NamedSharding(mesh, batch_spec())
+        self._mesh = mesh
         shards = row_shards(mesh)
         if source.batch_size % shards:
             raise ValueError(f"a batch of {source.batch_size} rows does not divide over the {shards} parts that the "
                              f"mesh cuts rows into; make it a multiple of {shards}, or change the mesh")
-        self._share, self._shares = row_share(self._sharding, source.batch_size)
+        self._share, self._shares = row_share(NamedSharding(mesh, batch_spec()), source.batch_size)
         self._rows = serve(source, start, self._share, self._shares)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return place(next(self._rows), self._sharding, self._shares)
+        return place(next(self._rows), self._mesh, self._share, self._shares)
 
 
 def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
@@ -60,21 +60,28 @@ def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     return low // size, rows // size
 
 
-def place(batch: Tree, sharding: NamedSharding, shares: int = 1) -> Tree:
-    """This process's rows (NumPy) as part of global arrays, `shares` times as many rows."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(
-        sharding, np.asarray(x), (x.shape[0] * shares, *x.shape[1:])), batch)
+def place(batch: Tree, mesh: Mesh, share: int = 0, shares: int = 1) -> Tree:
+    """Rows (NumPy, leaves [B/shares, T, ...]) of this process's share, as parts of global arrays [B, T, ...]: rows cut
+    over `ROW_AXES`, and the tokens of a row over `context` where it divides them."""
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        shape, first = (x.shape[0] * shares, *x.shape[1:]), x.shape[0] * share
+        sharding = NamedSharding(mesh, fit_spec(PartitionSpec(*batch_spec(), "context"), shape, mesh.shape))
+        if sharding.is_fully_addressable and shares == 1:
+            return jax.device_put(x, sharding)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            low, high, _ = index[0].indices(shape[0])
+            return x[(slice(low - first, high - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def place_global(batch: Tree, mesh: Mesh) -> Tree:
     """A whole global batch that every process has, on the mesh. For evaluations; `Feed` makes only a process's rows."""
-    sharding = NamedSharding(mesh, batch_spec())
-    if sharding.is_fully_addressable:
-        return jax.device_put(batch, sharding)
-    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-    return jax.tree.map(lambda x: put(np.asarray(x)), batch)
+    return place(batch, mesh)
 
 
 def serve_plain(source: BatchSource, start: int, share: int, shares: int) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, M micro-batches. Sums and counts are global everywhere
 computed from the whole batch before the first micro-batch, so the gradient does not depend on how a batch is cut up.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from distill_jax.core.head import Head
 from distill_jax.data.views import Derived, with_made
 from distill_jax.models.projectors import ProjectorModel
 from distill_jax.objective.term import Objective, Weights
-from distill_jax.sharding import batch_spec, row_shards
+from distill_jax.sharding import batch_spec, fit_spec, row_shards
 from distill_jax.train.flops import Flops
 from distill_jax.train.sources import Made, make_sources, needed_states, provider_of, stored_sources
 from distill_jax.train.state import Optimizers, TrainState
@@ -195,14 +196,14 @@ def split(batch: Tree, parts: int, mesh: Mesh) -> Tree:
     Taken in turn, each device keeps its own rows: nothing is sent. Raises ValueError where rows do not divide.
     """
     shards = row_shards(mesh)
-    spec = NamedSharding(mesh, PartitionSpec(None, *batch_spec()))
+    spec = PartitionSpec(None, *batch_spec(), "context")
 
     def one(x: Array) -> Array:
         if x.shape[0] % (parts * shards):
             raise ValueError(f"{x.shape[0]} rows cannot be cut into micro_batches={parts} over the {shards} parts that "
                              f"the mesh cuts rows into; make the batch a multiple of {parts * shards}")
         cut = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(cut, spec)
+        return jax.lax.with_sharding_constraint(cut, NamedSharding(mesh, fit_spec(spec, cut.shape, mesh.shape)))
 
     return jax.tree.map(one, batch)
 
@@ -234,6 +235,7 @@ def _under(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     if mesh.size == 1:
         return fn
 
+    @functools.wraps(fn)  # the jitted function stays reachable, for `lower`
     def call(*args: Any) -> Any:
         with jax.set_mesh(mesh):
             return fn(*args)

@@ -74,7 +74,7 @@ def test_hidden_states_on_two_meshes(scored):
     """The stored head is split like the student's; the losses are those of another split."""
     folder, _, model = scored
     found = []
-    for shape in (MeshShape(data=2, fsdp=4), MeshShape(data=1, fsdp=2, tensor=4)):
+    for shape in (MeshShape(data=2, fsdp=4), MeshShape(data=2, fsdp=2, tensor=2)):
         recipe = Recipe(name=f"hidden{shape.tensor}", runs=str(folder / "runs"), mesh=shape, stages=(Stage(
             source=Store(path=str(folder / "s"), signals=("hidden",), rows=8, seq_len=96),
             providers={"student": Student(config=model.config, tokenizer=str(folder / "tok"), init_seed=1)},

@@ -28,13 +28,18 @@ from tests.train.tiny import CONFIG, OPTIM, Synthetic, pack
 OBJECTIVE = build_objective({
     "ce": Term(cross_entropy, weight=0.3), "sequences": Term(cross_entropy, per="sequence", weight=0.2),
     "kd": Term(generalized_jsd, target="signals/topk", kwargs={"beta": 0.5})})
-MODEL = dataclasses.replace(CONFIG, hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8, mlp_size=64)
+MODEL = dataclasses.replace(CONFIG, hidden_size=32, num_heads=8, num_kv_heads=2, head_dim=8, mlp_size=64)
 CUTS = {
-    "2 data": {"mesh": (2, 1, 1)},
-    "4 fsdp": {"mesh": (1, 4, 1)},
-    "4 tensor": {"mesh": (1, 1, 4)},
-    "8 fsdp": {"mesh": (1, 8, 1)},
-    "2 data x 2 fsdp x 2 tensor, 2 micro-batches": {"mesh": (2, 2, 2), "parts": 2},
+    "2 data": {"mesh": {"data": 2}},
+    "4 fsdp": {"mesh": {"fsdp": 4}},
+    "4 tensor": {"mesh": {"tensor": 4}},
+    "8 fsdp": {"mesh": {"fsdp": 8}},
+    "8 tensor": {"mesh": {"tensor": 8}},
+    "4 context": {"mesh": {"context": 4}},
+    "3 context x 2 tensor": {"mesh": {"context": 3, "tensor": 2}},
+    "2 fsdp x 2 context x 2 tensor, 2 micro-batches": {
+        "mesh": {"fsdp": 2, "context": 2, "tensor": 2}, "parts": 2},
+    "2 data x 2 fsdp x 2 tensor, 2 micro-batches": {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "parts": 2},
     "2 micro-batches": {"parts": 2},
     "4 micro-batches": {"parts": 4},
     "unpacked": {"packed": False},
@@ -49,9 +54,10 @@ class Case:
         params = jax.jit(lambda key: self.model.init(key, np.zeros((1, 1), np.int32))["params"])(jax.random.key(0))
         self.params = jax.tree.map(np.asarray, params)
 
-    def gradient(self, mesh=(1, 1, 1), parts=1, packed=True):
+    def gradient(self, mesh=None, parts=1, packed=True):
         """Gradient tree (NumPy, float64) under one way of cutting up the batch."""
-        source, mesh = Synthetic(), make_mesh(*mesh, devices=jax.devices()[:int(np.prod(mesh))])
+        source, sizes = Synthetic(), mesh or {}
+        mesh = make_mesh(devices=jax.devices()[:int(np.prod([*sizes.values()]))], **sizes)
         rows, length = source.documents(0), source.seq_len
         if not packed:  # one document a row, in shorter rows
             rows, length = [[d] for row in rows for d in row], 12

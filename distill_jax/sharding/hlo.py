@@ -1,0 +1,130 @@
+"""What a compiled program sends between devices, read out of its HLO text."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+         "ragged-all-to-all")
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4,
+         "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
+
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
+_HEAD = re.compile(r"^\s*(?:ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$")
+_OP = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = (.+?) ([a-z\-]+)\((.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_NAMED = re.compile(r"replica_groups=\w+\[([^\]]*)\] \{([^}]*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective of a program.
+
+    kind    of `KINDS`
+    shapes  the arrays that come out, as in the text
+    bytes   of the whole array on one device: before it is scattered, after it is gathered
+    group   devices that take part
+    loops   turns of the loops it stands in, outermost first; None where the text does not say
+    op      where in the program it comes from (`metadata`)
+    """
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    bytes: float
+    group: int
+    loops: tuple[int | None, ...]
+    op: str
+    name: str
+
+    @property
+    def trips(self) -> int:
+        """How often it runs; loops of unknown length count once."""
+        return math.prod(n or 1 for n in self.loops)
+
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in one run of the program, by ring algorithms."""
+        share = (self.group - 1) / self.group
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return factor * self.bytes * self.trips
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of `compiled.as_text()` that run between several devices, with the loops they stand in."""
+    computations = dict(_computations(text))
+    loops = _loops(computations)
+    out = []
+    for name, lines in computations.items():
+        for line in lines:
+            if not (op := _OP.match(line)):
+                continue
+            kind = op[3].removesuffix("-start")
+            if kind in KINDS and (group := _group(kind, line)) > 1:
+                for around in loops.get(name, []):
+                    out.append(_read(op, kind, group, around, line))
+    return out
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", []
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            name, lines = ("ENTRY" if line.startswith("ENTRY") else head[1]), []
+        elif line.startswith("}") and name:
+            yield name, lines
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _loops(computations: dict[str, list[str]]) -> dict[str, list[tuple[int | None, ...]]]:
+    """{computation: the loops around each of its calls}; a reduction called by all-reduces appears as often."""
+    out: dict[str, list[tuple[int | None, ...]]] = {}
+    todo: list[tuple[str, tuple[int | None, ...]]] = [("ENTRY", ())]
+    while todo:
+        name, around = todo.pop()
+        out.setdefault(name, []).append(around)
+        for line in computations[name]:
+            op = _OP.match(line)
+            if not op or op[3].removesuffix("-start") in (*KINDS, "reduce", "scatter", "sort", "map", "reduce-window"):
+                continue
+            inner = around
+            if op[3] == "while":
+                trips = _TRIPS.search(line)
+                inner = (*around, int(trips[1]) if trips else None)
+            called = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                called += [b.strip().lstrip("%") for b in branches.split(",")]
+            todo += [(c, inner) for c in called if c in computations]
+    return out
+
+
+def _group(kind: str, line: str) -> int:
+    if kind == "collective-permute":
+        return 2 if re.search(r"source_target_pairs=\{\{", line) else 1
+    if listed := _LISTED.search(line):
+        return listed[1].count(",") + 1
+    if named := _NAMED.search(line):  # mesh['a'=4,'b'=2] {'a'}: groups along these axes
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    iota = _IOTA.search(line)
+    return int(iota[2]) if iota else 1
+
+
+def _read(op: re.Match[str], kind: str, group: int, around: tuple[int | None, ...], line: str) -> Collective:
+    arrays = [(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _ARRAY.findall(op[2]) if d in BYTES]
+    if op[3] == "all-gather-start":  # (operands, results)
+        arrays = arrays[len(arrays) // 2:]
+    elif op[3] == "collective-permute-start":  # (operand, result, ...)
+        arrays = arrays[1:2]
+    size = sum(BYTES[d] * math.prod(shape) for d, shape in arrays)
+    where = re.search(r'op_name="([^"]*)"', line)
+    whole = size * group if kind == "reduce-scatter" else size
+    return Collective(kind=kind, shapes=tuple(s for _, s in arrays), bytes=whole, group=group, loops=around,
+                      op=where[1] if where else "", name=op[1])
