@@ -2,7 +2,7 @@
 
 Legend: B rows, H query heads, K key/value heads, T queries, S keys, d head_dim.
 Which pairs see each other is said by `Layout` alone: the same rules serve packed training rows and the cache.
-A kernel for one platform is one more entry of IMPLEMENTATIONS, and a line in `choose`.
+A kernel for one platform is one more entry of KERNELS, and a line in `kernels.preferred` and `kernels.refuses`.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.models.chunked import chunked
+from distill_jax.models.kernels import mosaic, preferred, refuses, splash, triton
 from distill_jax.models.scores import NEG, Layout, Score, weighted
 
 Array = Any
@@ -26,14 +27,16 @@ def attend(q: Array, k: Array, v: Array, layout: Layout, score: Score, implement
     A query that sees no key gets a finite value that means nothing.
     """
     if implementation == "auto":
-        implementation = choose(q.shape[2], k.shape[2])
+        implementation = preferred(q, layout) or choose(q.shape[2], k.shape[2])
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is unknown; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    if implementation in KERNELS and (why := refuses(implementation, q, layout)):
+        raise ValueError(f"attention {implementation!r} cannot serve this: {why}; use auto, reference or chunked")
     return IMPLEMENTATIONS[implementation](q, k, v, layout, score)
 
 
 def choose(queries: int, keys: int) -> str:
-    """Dense while the scores are small (also every decoding step), memory-linear beyond."""
+    """Without a kernel: dense while the scores are small (also every decoding step), memory-linear beyond."""
     return "reference" if queries * keys <= DENSE_PAIRS else "chunked"
 
 
@@ -48,7 +51,6 @@ def reference(q: Array, k: Array, v: Array, layout: Layout, score: Score) -> Arr
     return weighted(p.reshape(b, kv, h // kv * t, s), v).reshape(b, h, t, d).astype(q.dtype)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Layout, Score], Array]] = {
-    "reference": reference,
-    "chunked": chunked,
-}
+Implementation = Callable[[Array, Array, Array, Layout, Score], Array]
+KERNELS: dict[str, Implementation] = {"splash": splash, "mosaic": mosaic, "triton": triton}
+IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference, "chunked": chunked, **KERNELS}

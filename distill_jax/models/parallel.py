@@ -83,7 +83,8 @@ def spread(attend: Attend, q: Array, k: Array, v: Array, layout: Layout) -> Arra
     if columns:
         local = jax.checkpoint(local, policy=_but_gathered)
     layouts = Layout(q_index=by_token(layout.q_index), k_index=by_token(layout.k_index),
-                     q_segments=by_token(layout.q_segments), k_segments=by_token(layout.k_segments))
+                     q_segments=by_token(layout.q_segments), k_segments=by_token(layout.k_segments),
+                     plain=layout.plain)
     return jax.shard_map(local, in_specs=(P(rows, heads, columns, None), spec, spec, layouts),
                          out_specs=P(rows, heads, columns, None), check_vma=False)(q, k, v, layout)
 

@@ -3,7 +3,7 @@
 Legend: B rows, H query heads, K key/value heads, G = H/K, T queries, S keys, d head_dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,12 +25,14 @@ class Layout:
 
     q_index i32 [B|1,T], k_index i32 [B|1,S]: a query sees keys of no larger index (and within the window).
     q_segments i32 [B,T], k_segments i32 [B,S] or None: only keys of its own segment.
+    plain: queries and keys are the same row in order, index 0 to T-1; what kernels of one platform serve.
     """
 
     q_index: Array
     k_index: Array
     q_segments: Array | None = None
     k_segments: Array | None = None
+    plain: bool = field(default=False, metadata={"static": True})
 
     def visible(self, window: int | None) -> Array:
         """bool [B|1,T,S]."""
@@ -56,6 +58,13 @@ class Score:
         s = jax.lax.dot_general(q, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=wide(q.dtype))
         s = s * self.scale
         return s if self.soft_cap is None else self.soft_cap * jnp.tanh(s / self.soft_cap)
+
+
+def segment_starts(segment_ids: Array) -> Array:
+    """i32 [B,T]: index of the first token of the run of equal segment ids that each token stands in."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
+    begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
 
 
 def weighted(p: Array, v: Array) -> Array:

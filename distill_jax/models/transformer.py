@@ -24,7 +24,7 @@ from distill_jax.models.cache import Cache, new_cache, slots
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.layers import REMAT, Layer, RMSNorm, Shared, State
 from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
-from distill_jax.models.scores import Layout, wide
+from distill_jax.models.scores import Layout, segment_starts, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
 
 Array = Any
@@ -77,9 +77,7 @@ def init_params(model: "Transformer", rng: Array, *, mesh: Mesh | None = None, r
 
 def segment_positions(segment_ids: Array) -> Array:
     """i32 [B,T]: index of each token within its run of equal segment ids."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None] - segment_starts(segment_ids)
 
 
 class Transformer(nn.Module):
@@ -162,7 +160,8 @@ class Transformer(nn.Module):
         rows, tokens = shape[:2]
         if cache is None:
             index = jnp.asarray(order)[None]
-            layout = Layout(q_index=index, k_index=index, q_segments=segment_ids, k_segments=segment_ids)
+            layout = Layout(q_index=index, k_index=index, q_segments=segment_ids, k_segments=segment_ids,
+                            plain=bool(order[-1] == tokens - 1))
             real = slot = lengths = None
         else:
             real = jnp.ones((rows, tokens), bool) if segment_ids is None else segment_ids != 0
