@@ -31,6 +31,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_h
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 10, "sliding_window": 5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 
@@ -42,6 +43,7 @@ CASES = {  # name -> (model_type, fields beyond SIZES)
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3-bias-window": ("qwen3", {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4,
                                     "max_window_layers": 2, "head_dim": 8}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "llama": ("llama", {}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
@@ -169,7 +171,7 @@ def test_transformers_4_fields(pair):
 @pytest.mark.parametrize("model_type", list(FAMILIES))
 def test_bfloat16(tmp_path, model_type):
     """bf16 files and compute: as close to the exact logits as transformers in bf16 (1.5 times its distance)."""
-    fields = GEMMA if "gemma" in model_type else {}
+    fields = GEMMA if "gemma" in model_type else EXPERTS if "moe" in model_type else {}
     theirs = build(model_type, fields, tmp_path / "m", "bfloat16")
     model, params = hf.load(tmp_path / "m", dtype=jnp.bfloat16, param_dtype=None)
     hf.save(tmp_path / "out", model, params, hf.companions(tmp_path / "m"))
