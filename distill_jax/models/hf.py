@@ -89,6 +89,11 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT
     return model, params
 
 
+def stored_tensors(folder: str | Path) -> dict[str, TensorInfo]:
+    """The tensors of a model folder, by the names `save` gives them."""
+    return dict(family(read_config(folder).get("model_type")).stored(open_tensors(Path(folder))))
+
+
 def names(tensor: Tensor, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:
     """{index into the leading dimensions of the parameter: name of the tensor that lies there}."""
     return {index: tensor.name.format(*index) for index in np.ndindex(shape[:tensor.stacked])}

@@ -8,13 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distill_jax.models.config import AttentionConfig, ModelConfig, MoE
+from distill_jax.models.config import ModelConfig, MoE
 from distill_jax.models.moe import every_expert, grouped, route, statistics
-from tests.models.common import PLAIN, make, tokens
-
-MOE = dataclasses.replace(PLAIN, model_type="qwen3_moe", tied=False, attention=AttentionConfig(qk_norm=True),
-                          moe=MoE(experts=8, top_k=2, size=16))
-
+from tests.models.common import SPARSE, make, tokens
 
 def parts(n=13, d=6, f=5, experts=4, top_k=2, seed=0):
     keys = jax.random.split(jax.random.key(seed), 5)
@@ -80,7 +76,7 @@ def test_parts_of_the_experts_add_up():
 
 
 def test_padding_changes_nothing_and_is_not_counted():
-    model, params = make(MOE)
+    model, params = make(SPARSE)
     t = tokens(2, 12)
     segments = jnp.asarray(np.array([[1] * 12, [1] * 7 + [0] * 5]), jnp.int32)
     run = jax.jit(lambda t: model.apply({"params": params}, t, segment_ids=segments, method="hidden"))
@@ -94,15 +90,15 @@ def test_padding_changes_nothing_and_is_not_counted():
 
 
 def test_sizes_are_those_of_the_parameters():
-    _, params = make(MOE)
+    _, params = make(SPARSE)
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    assert MOE.num_params == count(params)
+    assert SPARSE.num_params == count(params)
     experts = {k: v for k, v in params["layers"]["moe"].items() if k != "router"}
-    assert MOE.expert_params == count(experts)
-    assert MOE.num_active_params == MOE.num_params - count(experts) * 6 // 8
-    dense = dataclasses.replace(MOE, moe=None, mlp_size=32)  # two experts of 16 cost what one MLP of 32 does
+    assert SPARSE.expert_params == count(experts)
+    assert SPARSE.num_active_params == SPARSE.num_params - count(experts) * 6 // 8
+    dense = dataclasses.replace(SPARSE, moe=None, mlp_size=32)  # two experts of 16 cost what one MLP of 32 does
     router = 2.0 * 2 * 32 * 8
-    assert MOE.flops_per_token(10) == dense.flops_per_token(10) + router
+    assert SPARSE.flops_per_token(10) == dense.flops_per_token(10) + router
 
 
 @pytest.mark.parametrize("fields", [{"experts": 4, "top_k": 5, "size": 8}, {"experts": 0, "top_k": 1, "size": 8},
@@ -114,4 +110,4 @@ def test_impossible_mixtures_are_refused(fields):
 
 def test_biases_are_refused():
     with pytest.raises(ValueError, match="mlp_bias"):
-        ModelConfig(**{**{f.name: getattr(MOE, f.name) for f in dataclasses.fields(MOE)}, "mlp_bias": True})
+        ModelConfig(**{**{f.name: getattr(SPARSE, f.name) for f in dataclasses.fields(SPARSE)}, "mlp_bias": True})
