@@ -20,7 +20,7 @@ FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj
 
 def read(cfg: Json) -> ModelConfig:
     require(cfg, "num_experts_per_tok", "moe_intermediate_size")
-    experts = cfg.get("num_experts") or cfg.get("num_local_experts")
+    experts = cfg.get("num_experts", cfg.get("num_local_experts"))
     if not experts:
         raise ValueError(f"config.json of model_type 'qwen3_moe' needs num_experts, got {experts!r}; without experts "
                          "it is model_type 'qwen3'")
