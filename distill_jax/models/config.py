@@ -133,6 +133,16 @@ class ModelConfig:
         """Parameters in experts: what the `expert` axis divides; 0 of a dense model."""
         return self.num_layers * self.moe.experts * 3 * self.hidden_size * self.moe.size if self.moe else 0
 
+    @property
+    def inner_size(self) -> int:
+        """Inner values of the MLP per token: those of all its experts."""
+        return self.moe.top_k * self.moe.size if self.moe else self.mlp_size
+
+    def params_per_device(self, parts: int, expert: int = 1) -> float:
+        """Parameters a device holds: all cut into `parts`, experts also over an `expert` axis that divides them."""
+        owned = 1 - 1 / expert if self.moe and self.moe.experts % expert == 0 else 0.0
+        return (self.num_params - owned * self.expert_params) / parts
+
     def mlp_weights(self, experts: int | None = None) -> int:
         """Matrix entries of one layer's MLP: those a token passes through, or with so many experts."""
         if self.moe is None:
@@ -157,7 +167,8 @@ class ModelConfig:
     def flops_per_token(self, length: int, *, head: bool = True) -> float:
         """Forward FLOPs of one token in a document of `length` tokens: multiply-adds count 2, causal pairs only.
 
-        Of a mixture only the experts a token goes to. A training step is three times that. Packed rows: sum over documents with their own lengths.
+        Of a mixture only the experts a token goes to. A training step is three times that. Packed rows: sum
+        over documents with their own lengths.
         """
         q, dense = self.num_heads * self.head_dim, self.layer_weights * self.num_layers
         seen = 0.0  # keys a token sees, on average, summed over layers

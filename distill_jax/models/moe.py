@@ -72,7 +72,8 @@ class MoEMLP(nn.Module):
 def route(x: Array, router: Array, top_k: int, norm: bool) -> tuple[Array, Array, Array]:
     """x [..., D], router [D,E] -> probabilities [..., E], shares [..., k] and experts i32 [..., k], best first."""
     dtype = wide(x.dtype)
-    logits = jnp.dot(x.reshape(-1, x.shape[-1]).astype(dtype), router.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    flat = x.reshape(-1, x.shape[-1]).astype(dtype)
+    logits = jnp.dot(flat, router.astype(dtype), precision=jax.lax.Precision.HIGHEST)
     probs = jax.nn.softmax(logits, axis=-1).reshape(*x.shape[:-1], router.shape[-1])
     shares, ids = jax.lax.top_k(probs, top_k)
     if norm:

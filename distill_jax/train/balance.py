@@ -34,7 +34,8 @@ def balanced(routing: Mapping[str, Routing], models: Mapping[str, Any], trained:
     """What the routers of the trained providers add to the loss of these rows, and what is summed up for the metrics.
 
     routing {"provider/view": statistics of these rows}; totals {view: tokens of the whole global batch that are not
-    padding}. -> (loss f32 [], {"provider/view": {"balance" f32 [], "counts" f32 [L,E]}}), which add up over micro-batches
+    padding}. -> (loss f32 [], {"provider/view": {"balance" f32 [], "counts" f32 [L,E]}}), which add up over
+    micro-batches
     """
     loss, sums = jnp.float32(0), {}
     for source, said in routing.items():

@@ -91,7 +91,8 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
              hidden states are a signal
     votes    int32 [devices]: what each process wants (`votes.Votes`); the largest comes back as metric "vote"
     metrics  "loss", "grad_norm", "ok" (False: not finite, nothing was changed), "lr" {provider: rate}, "terms" (the
-             objective's sums), "experts" {"provider/view": {"balance", "load"}} (`balance`), and what `batch_metrics` counts; replicated, still on the device
+             objective's sums), "experts" {"provider/view": {"balance", "load"}} (`balance`), and what
+             `batch_metrics` counts; replicated, still on the device
     """
     shardings = jax.tree.map(lambda x: x.sharding, like)
     gradient = make_gradient(config, shardings.params)

@@ -12,6 +12,7 @@ from distill_jax.models.config import ModelConfig, MoE
 from distill_jax.models.moe import every_expert, grouped, route, statistics
 from tests.models.common import SPARSE, make, tokens
 
+
 def parts(n=13, d=6, f=5, experts=4, top_k=2, seed=0):
     keys = jax.random.split(jax.random.key(seed), 5)
     kernels = {name: jax.random.normal(k, s) for name, k, s in zip(
@@ -70,7 +71,7 @@ def test_parts_of_the_experts_add_up():
     """What two owners of two experts each compute is the whole; neither says anything of the other's."""
     x, ids, shares, kernels = parts()
     run = lambda first, k: grouped(x, ids, shares, k, first, activation=jax.nn.silu)
-    halves = [run(first, jax.tree.map(lambda k: k[first:first + 2], kernels)) for first in (0, 2)]
+    halves = [run(first, {name: k[first:first + 2] for name, k in kernels.items()}) for first in (0, 2)]
     np.testing.assert_allclose(halves[0] + halves[1], run(0, kernels), rtol=1e-5, atol=1e-5)
     assert not np.allclose(halves[0], run(0, kernels))
 

@@ -109,7 +109,8 @@ def test_balance_by_hand():
     even = Routing(counts=jnp.full((2, 4), 6.0), probs=jnp.full((2, 4), 3.0), tokens=jnp.full(2, 12.0))
     moe = MoE(experts=4, top_k=2, size=1)
     np.testing.assert_allclose(balance_loss(even, moe), 2.0, rtol=1e-6)  # top_k
-    all_to_two = Routing(counts=jnp.array([[3.0, 3, 0, 0]]), probs=jnp.array([[1.5, 1.5, 0, 0]]), tokens=jnp.array([3.0]))
+    all_to_two = Routing(counts=jnp.array([[3.0, 3, 0, 0]]), probs=jnp.array([[1.5, 1.5, 0, 0]]),
+                         tokens=jnp.array([3.0]))
     np.testing.assert_allclose(balance_loss(all_to_two, moe), 4.0, rtol=1e-6)
     assert load(even.counts) == 1 and load(all_to_two.counts) == 2
     nothing = jax.tree.map(jnp.zeros_like, even)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_jax.models.config import ModelConfig, MoE
-from distill_jax.models.families import qwen3
 from distill_jax.models.families.base import LLAMA_NORMS, Family, Json, Tensor, require
+from distill_jax.models.families.qwen3 import read as read_dense
+from distill_jax.models.families.qwen3 import write as write_dense
 from distill_jax.models.tensorfile import TensorInfo
 
 FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(gate_up_proj|down_proj)$")
@@ -32,7 +33,7 @@ def read(cfg: Json) -> ModelConfig:
     coefficient = cfg.get("router_aux_loss_coef")
     moe = MoE(experts=experts, top_k=cfg["num_experts_per_tok"], size=cfg["moe_intermediate_size"],
               norm=bool(cfg.get("norm_topk_prob", False)), balance=0.001 if coefficient is None else coefficient)
-    config = qwen3.read({"intermediate_size": cfg["moe_intermediate_size"], **cfg})
+    config = read_dense({"intermediate_size": cfg["moe_intermediate_size"], **cfg})
     return replace(config, moe=moe)
 
 
@@ -40,7 +41,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     m = config.moe
     if m is None:
         raise ValueError("a qwen3_moe model needs ModelConfig.moe, got None; model_type 'qwen3' is the dense family")
-    return {**qwen3.write(config), "num_experts": m.experts, "num_experts_per_tok": m.top_k,
+    return {**write_dense(config), "num_experts": m.experts, "num_experts_per_tok": m.top_k,
             "moe_intermediate_size": m.size, "norm_topk_prob": m.norm, "router_aux_loss_coef": m.balance,
             "decoder_sparse_step": 1, "mlp_only_layers": []}
 
