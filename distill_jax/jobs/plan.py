@@ -80,14 +80,14 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
     source = stage.source
     rows, length = source.rows, source.seq_len
     tokens = rows * length
-    shards, row_shards = _mesh_factors(recipe, devices)
+    shards, row_shards, expert = _mesh_factors(recipe, devices)
     lengths = {"main": length} | {n: v.seq_len or length for n, v in stage.retokenised.items()}
     runs = _runs(stage, configs, lengths)
     flops = 0.0
     memory: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for name, provider in stage.models.items():
         c = configs[name]
-        n = c.num_params / shards
+        n = c.params_per_device(shards, expert)
         compute = 2 if provider.precision == "bfloat16" else 4
         flops += sum((3 if provider.trainable else 1) * rows * t * c.flops_per_token(t) for t in runs[name])
         memory["parameters"] += n * (4 if provider.trainable else compute)
@@ -95,7 +95,8 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
             memory["optimiser"] += 8 * n
             memory["gradients"] += 4 * n + (compute * n if compute == 2 else 0)
         local = rows * max(runs[name]) / row_shards / stage.micro_batches
-        memory["activations"] += sum(runs[name]) / max(runs[name]) * local * _activation_bytes(c, provider, compute)
+        kept = _activation_bytes(c, provider, compute, expert)
+        memory["activations"] += sum(runs[name]) / max(runs[name]) * local * kept
         memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
                                      trainable=provider.trainable)
     sizes = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
@@ -131,24 +132,26 @@ def _projector_params(spec: AnyProjector, configs: Mapping[str, ModelConfig]) ->
     return tree.count(jax.eval_shape(open_projector(spec, configs).init, jax.random.key(0)))
 
 
-def _mesh_factors(recipe: Recipe, devices: int) -> tuple[int, int]:
-    """(devices the parameters are split over, devices the rows are split over)."""
+def _mesh_factors(recipe: Recipe, devices: int) -> tuple[int, int, int]:
+    """(devices the parameters are split over, devices the rows are split over, those of the expert axis)."""
     sizes = recipe.mesh.sizes
     known = math.prod(max(v, 1) for v in sizes.values())
     sizes = {k: (max(1, devices // known) if v == -1 else v) for k, v in sizes.items()}
     product = math.prod(sizes.values())
     if product != devices:
         raise ValueError(f"mesh {sizes} has {product} devices, --on has {devices}; change mesh.* or the count")
-    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["expert"], sizes["expert"]
 
 
-def _activation_bytes(c: ModelConfig, provider: Student, compute: int) -> float:
-    """Kept per token for the backward pass: by remat policy, plus the working set of one layer."""
+def _activation_bytes(c: ModelConfig, provider: Student, compute: int, expert: int = 1) -> float:
+    """Kept per token for the backward pass: by remat policy, plus the working set of one layer. A mixture has a copy of
+    a token for each of its experts, and under expert parallelism buffers for the tokens of the whole axis."""
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    layer = 4 * c.hidden_size + 2 * q + 2 * kv + 3 * c.mlp_size
+    mlp = 3 * c.inner_size + (2 * c.moe.top_k * c.hidden_size if c.moe else 0)
+    layer = 4 * c.hidden_size + 2 * q + 2 * kv + mlp * (expert if c.moe else 1)
     if not provider.trainable:
         return layer * compute
-    kept = {"none": layer + 2 * c.hidden_size, "dots": c.hidden_size + 2 * q + 2 * kv + 2 * c.mlp_size,
+    kept = {"none": layer + 2 * c.hidden_size, "dots": c.hidden_size + 2 * q + 2 * kv + 2 * c.inner_size,
             "full": c.hidden_size}[provider.remat]
     return compute * (kept * c.num_layers + layer)
 

@@ -18,7 +18,7 @@ import numpy as np
 from distill_jax.jobs.context import Echo, say
 from distill_jax.loading import load, local_folder, model_files
 from distill_jax.models import hf
-from distill_jax.models.tensorfile import TensorInfo, open_tensors
+from distill_jax.models.tensorfile import TensorInfo
 
 TOLERANCE = 1e-3
 """Largest logit difference in float32, relative to the largest logit (or 1)."""
@@ -41,7 +41,7 @@ def verify_hf(folder: str, *, against: str | None = None, echo: Echo = say) -> N
     """Print what was compared. Raises ValueError where anything differs more than it may."""
     path, report = local_folder(folder), Report(echo)
     model, params = load(folder, dtype=None, compute=jnp.float32)
-    stored = open_tensors(model_files(path))
+    stored = hf.stored_tensors(model_files(path))
     dtypes = sorted({i.dtype.name for i in stored.values()})
     report.say("loaded", f"{folder}: {model.config.model_type}, {model.config.num_params:,} parameters in "
                          f"{len(stored)} tensors ({', '.join(dtypes)})")
@@ -52,7 +52,7 @@ def verify_hf(folder: str, *, against: str | None = None, echo: Echo = say) -> N
     del params
     if against is not None:
         original = local_folder(against)
-        _same_tensors(report, stored, open_tensors(model_files(original)), against)
+        _same_tensors(report, stored, hf.stored_tensors(model_files(original)), against)
         other, its = load(against, dtype=None, compute=jnp.float32)
         _compare(report, "original", logits, _logits(other, its, tokens), f"{against}, both computed here")
         del its

@@ -1,4 +1,4 @@
-"""`ModelConfig`: everything that distinguishes one dense decoder from another. Families fill it from config.json."""
+"""`ModelConfig`: everything that distinguishes one decoder from another. Families fill it from config.json."""
 
 from dataclasses import dataclass, field
 
@@ -31,11 +31,35 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoE:
+    """A sparse mixture in place of every layer's MLP.
+
+    experts   their number E
+    top_k     experts a token goes to
+    size      inner size F of an expert
+    norm      the shares of a token's experts are divided by their sum
+    balance   factor on the router's load-balancing loss in training (`train.balance`)
+    """
+
+    experts: int
+    top_k: int
+    size: int
+    norm: bool = True
+    balance: float = 0.001
+
+    def __post_init__(self) -> None:
+        if min(self.experts, self.size) < 1 or not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"MoE needs size >= 1 and 1 <= top_k <= experts, got size {self.size}, top_k "
+                             f"{self.top_k}, experts {self.experts}; correct config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and switches of a decoder.
 
     model_type      family, as config.json names it; decides names and layout on export
     context_length  longest position the model was made for
+    moe             experts in place of the MLP of every layer; mlp_size then sizes nothing
     norm_offset     RMSNorm multiplies by offset + weight (Gemma stores weight - 1)
     post_norms      also normalise the output of attention and of the MLP before it is added (Gemma)
     tied            logits come from the embedding matrix
@@ -54,6 +78,7 @@ class ModelConfig:
     context_length: int = 4096
     model_type: str = "qwen2"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoE | None = None
     activation: str = "silu"
     mlp_bias: bool = False
     norm_eps: float = 1e-6
@@ -75,6 +100,8 @@ class ModelConfig:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is unknown; known: {ACTIVATIONS}")
+        if self.moe and self.mlp_bias:
+            raise ValueError("mlp_bias with moe is not supported: experts have no biases; set mlp_bias=False")
         a = self.attention
         if a.sliding and len(a.sliding) != self.num_layers:
             raise ValueError(f"attention.sliding has {len(a.sliding)} entries for {self.num_layers} layers")
@@ -94,9 +121,45 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Number of parameters; a tied embedding counts once."""
+        return self._params(self.moe.experts if self.moe else 0)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token passes through: of a mixture's experts only `top_k`."""
+        return self._params(self.moe.top_k if self.moe else 0)
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters in experts: what the `expert` axis divides; 0 of a dense model."""
+        return self.num_layers * self.moe.experts * 3 * self.hidden_size * self.moe.size if self.moe else 0
+
+    @property
+    def inner_size(self) -> int:
+        """Inner values of the MLP per token: those of all its experts."""
+        return self.moe.top_k * self.moe.size if self.moe else self.mlp_size
+
+    def params_per_device(self, parts: int, expert: int = 1) -> float:
+        """Parameters a device holds: all cut into `parts`, experts also over an `expert` axis that divides them."""
+        owned = 1 - 1 / expert if self.moe and self.moe.experts % expert == 0 else 0.0
+        return (self.num_params - owned * self.expert_params) / parts
+
+    def mlp_weights(self, experts: int | None = None) -> int:
+        """Matrix entries of one layer's MLP: those a token passes through, or with so many experts."""
+        if self.moe is None:
+            return 3 * self.hidden_size * self.mlp_size
+        used = self.moe.top_k if experts is None else experts
+        return self.hidden_size * (3 * self.moe.size * used + self.moe.experts)
+
+    @property
+    def layer_weights(self) -> int:
+        """Matrix entries of one layer that a token passes through."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * q + 2 * kv) + self.mlp_weights()
+
+    def _params(self, experts: int) -> int:
         d, a = self.hidden_size, self.attention
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        layer = d * (2 * q + 2 * kv) + 3 * d * self.mlp_size + d * (4 if self.post_norms else 2)
+        layer = d * (2 * q + 2 * kv) + self.mlp_weights(experts) + d * (4 if self.post_norms else 2)
         layer += (q + 2 * kv) * a.qkv_bias + d * a.out_bias + 2 * self.head_dim * a.qk_norm
         layer += (2 * self.mlp_size + d) * self.mlp_bias
         return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tied else 2)
@@ -104,10 +167,10 @@ class ModelConfig:
     def flops_per_token(self, length: int, *, head: bool = True) -> float:
         """Forward FLOPs of one token in a document of `length` tokens: multiply-adds count 2, causal pairs only.
 
-        A training step is three times that. Packed rows: sum over documents with their own lengths.
+        Of a mixture only the experts a token goes to. A training step is three times that. Packed rows: sum
+        over documents with their own lengths.
         """
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        dense = self.hidden_size * (2 * q + 2 * kv + 3 * self.mlp_size) * self.num_layers
+        q, dense = self.num_heads * self.head_dim, self.layer_weights * self.num_layers
         seen = 0.0  # keys a token sees, on average, summed over layers
         for slides in self.sliding:
             w = min(self.attention.window or length, length) if slides else length

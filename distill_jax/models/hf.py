@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,18 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT
     folder = Path(folder)
     config = from_hf(read_config(folder))
     model = Transformer(config, **model_kwargs)
-    stored = open_tensors(folder)
+    kind = family(config.model_type)
+    stored, tensors = kind.stored(open_tensors(folder)), kind.tensors(config)
     wanted = dict(paths(param_shapes(model)))
-    tensors = family(config.model_type).tensors(config)
     check(folder, config, tensors, wanted, stored)
     params: dict[str, Any] = {}
     for t in tensors:
         shape, spec = wanted[t.path].shape, rules.param_spec(t.path)
         whole = _sharding(mesh, spec, shape)
-        if "{}" in t.name:
-            infos = [stored[t.name.format(i)] for i in range(shape[0])]
-            layer = _sharding(mesh, PartitionSpec(*tuple(spec)[1:]), shape[1:])
-            value = _read_stacked(infos, t.transpose, whole, layer, param_dtype)
+        if t.stacked:
+            infos = {index: stored[name] for index, name in names(t, shape).items()}
+            one = _sharding(mesh, PartitionSpec(*tuple(spec)[t.stacked:]), shape[t.stacked:])
+            value = _read_stacked(infos, t.transpose, shape, whole, one, param_dtype)
         else:
             value = _fetch(stored[t.name], whole, param_dtype)
         node = params
@@ -87,6 +87,16 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT
             node = node.setdefault(key, {})
         node[leaf] = value
     return model, params
+
+
+def stored_tensors(folder: str | Path) -> dict[str, TensorInfo]:
+    """The tensors of a model folder, by the names `save` gives them."""
+    return dict(family(read_config(folder).get("model_type")).stored(open_tensors(Path(folder))))
+
+
+def names(tensor: Tensor, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:
+    """{index into the leading dimensions of the parameter: name of the tensor that lies there}."""
+    return {index: tensor.name.format(*index) for index in np.ndindex(shape[:tensor.stacked])}
 
 
 def param_shapes(model: Transformer) -> Any:
@@ -100,10 +110,8 @@ def check(folder: Path, config: ModelConfig, tensors: Iterable[Tensor], wanted: 
     expected: dict[str, tuple[int, ...]] = {}
     for t in tensors:
         shape = wanted[t.path].shape
-        one = shape[1:] if "{}" in t.name else shape
-        one = one[::-1] if t.transpose else one
-        for name in ([t.name.format(i) for i in range(shape[0])] if "{}" in t.name else [t.name]):
-            expected[name] = one
+        one = shape[t.stacked:]
+        expected |= dict.fromkeys(names(t, shape).values(), one[::-1] if t.transpose else one)
     surplus = {n for n in stored if n not in expected and not IGNORED.search(n)}
     if config.tied:  # some writers store the tied head again
         surplus.discard("lm_head.weight")
@@ -140,23 +148,24 @@ def _fetch(info: TensorInfo, sharding: Sharding, dtype: Any) -> Array:
 
 
 @functools.cache
-def _filler(sharding: Sharding, transpose: bool) -> Callable[[Array, Array, Array], Array]:
-    """buffer [L,...], value of a layer, its number -> the buffer with the layer filled in, in place."""
-    def fill(buffer: Array, value: Array, layer: Array) -> Array:
-        return jax.lax.dynamic_update_index_in_dim(buffer, value.T if transpose else value, layer, 0)
+def _filler(sharding: Sharding, transpose: bool) -> Callable[..., Array]:
+    """buffer [L,...], value of a layer, its index -> the buffer with the layer filled in, in place."""
+    def fill(buffer: Array, value: Array, index: tuple[Array, ...]) -> Array:
+        value = value.T if transpose else value
+        start = (*index, *(0,) * value.ndim)
+        return jax.lax.dynamic_update_slice(buffer, value.reshape((1,) * len(index) + value.shape), start)
 
     return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
 
 
-def _read_stacked(infos: Sequence[TensorInfo], transpose: bool, whole: Sharding, layer: Sharding,
-                  dtype: Any) -> Array:
-    """[L,...] from one tensor per layer. whole, layer: shardings of the result, and of one layer of it."""
-    kind = max((i.dtype for i in infos), key=lambda d: d.itemsize) if dtype is None else np.dtype(dtype)
-    shape = infos[0].shape[::-1] if transpose else infos[0].shape
-    buffer = jax.jit(lambda: jnp.zeros((len(infos), *shape), kind), out_shardings=whole)()
-    for i, info in enumerate(infos):
-        value = _fetch(info, _transposed(layer) if transpose else layer, kind)
-        buffer = _filler(whole, transpose)(buffer, value, jnp.int32(i))
+def _read_stacked(infos: Mapping[tuple[int, ...], TensorInfo], transpose: bool, shape: tuple[int, ...],
+                  whole: Sharding, one: Sharding, dtype: Any) -> Array:
+    """[L,...] or [L,E,...] = shape from a tensor per index. whole, one: shardings of the result, of one entry of it."""
+    kind = max((i.dtype for i in infos.values()), key=lambda d: d.itemsize) if dtype is None else np.dtype(dtype)
+    buffer = jax.jit(lambda: jnp.zeros(shape, kind), out_shardings=whole)()
+    for index, info in infos.items():
+        value = _fetch(info, _transposed(one) if transpose else one, kind)
+        buffer = _filler(whole, transpose)(buffer, value, tuple(map(jnp.int32, index)))
         jax.block_until_ready(buffer)  # dispatch is asynchronous: without this all layers would be in flight
     return buffer
 
@@ -226,13 +235,13 @@ def entries(config: ModelConfig, params: Mapping[str, Any], dtype: str, named: M
     """
     leaves = dict(paths(params))
 
-    def entry(t: Tensor, name: str, layer: int | None) -> Entry:
+    def entry(t: Tensor, name: str, index: tuple[int, ...]) -> Entry:
         value = leaves[t.path]
-        shape = value.shape if layer is None else value.shape[1:]
+        shape = value.shape[len(index):]
         kind = np.dtype(jnp.dtype(named.get(name, dtype)))
         if kind not in CODES:
             raise ValueError(f"weights cannot be written as {kind}; known: {', '.join(map(str, CODES))}")
-        fetch = functools.partial(_to_host, value, layer, t.transpose, kind)
+        fetch = functools.partial(_to_host, value, index, t.transpose, kind)
         return Entry(name, kind, shape[::-1] if t.transpose else shape, fetch)
 
     tensors = family(config.model_type).tensors(config)
@@ -241,27 +250,28 @@ def entries(config: ModelConfig, params: Mapping[str, Any], dtype: str, named: M
         surplus = sorted(set(leaves) - {t.path for t in tensors})
         raise ValueError(f"parameters are not those of a {config.model_type} model: "
                          f"missing {absent}, surplus {surplus}")
-    stacked = [t for t in tensors if "{}" in t.name]
-    first = next(i for i, t in enumerate(tensors) if "{}" in t.name)
-    out = [entry(t, t.name, None) for t in tensors[:first]]
-    out += [entry(t, t.name.format(i), i) for i in range(config.num_layers) for t in stacked]
-    return out + [entry(t, t.name, None) for t in tensors[first:] if "{}" not in t.name]
+    first = next(i for i, t in enumerate(tensors) if t.stacked)
+    out = [entry(t, t.name, ()) for t in tensors[:first]]
+    stacked = [(t, names(t, leaves[t.path].shape)) for t in tensors if t.stacked]
+    for layer in range(config.num_layers):
+        out += [entry(t, name, index) for t, those in stacked for index, name in those.items() if index[0] == layer]
+    return out + [entry(t, t.name, ()) for t in tensors[first:] if not t.stacked]
 
 
 @functools.cache
-def _picker(stacked: bool, transpose: bool, replicated: Sharding | None) -> Callable[[Array, Array], Array]:
-    def pick(x: Array, layer: Array) -> Array:
-        one = x[layer] if stacked else x
+def _picker(transpose: bool, replicated: Sharding | None) -> Callable[..., Array]:
+    def pick(x: Array, index: tuple[Array, ...]) -> Array:
+        one = x[index]
         return one.T if transpose else one
 
     return jax.jit(pick, out_shardings=replicated)
 
 
-def _to_host(value: Array, layer: int | None, transpose: bool, kind: np.dtype) -> np.ndarray | None:
+def _to_host(value: Array, index: tuple[int, ...], transpose: bool, kind: np.dtype) -> np.ndarray | None:
     """One layer of a parameter on the host; on the main process only, when the array spans several."""
     sharding = getattr(value, "sharding", None)
     gathered = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    one = _picker(layer is not None, transpose, gathered)(value, jnp.int32(layer or 0))
+    one = _picker(transpose, gathered)(value, tuple(map(jnp.int32, index)))
     if jax.process_index() != 0:
         jax.block_until_ready(one)
         return None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from distill_jax.models import cache as kv_cache
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.moe import MoEMLP, Routing
 from distill_jax.models.parallel import spread
 from distill_jax.models.product import gated, product
 from distill_jax.models.rope import rotate
@@ -53,7 +54,8 @@ class State:
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What all layers see: who sees whom; (cos, sin) of full layers, and of sliding ones where they differ;
-    slots i32 [B,T] and real bool [B,T] when there is a cache; taps i32 [N], numbers of tapped layers."""
+    slots i32 [B,T] and real bool [B,T] when there is a cache; taps i32 [N], numbers of tapped layers;
+    tokens bool [B,T]: False for padding, None without segment ids."""
 
     layout: Layout
     rope: tuple[Array, Array]
@@ -61,6 +63,7 @@ class Shared:
     slots: Array | None = None
     real: Array | None = None
     taps: Array | None = None
+    tokens: Array | None = None
 
 
 class RMSNorm(nn.Module):
@@ -177,24 +180,31 @@ class Layer(nn.Module):
         if c.post_norms:
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
         self.attention = Attention(c, self.implementation)
-        self.mlp = MLP(c)
+        if c.moe:
+            self.moe = MoEMLP(c, ACTIVATIONS[c.activation])
+        else:
+            self.mlp = MLP(c)
 
-    def __call__(self, state: State, index: Array, slides: Array, shared: Shared) -> tuple[State, None]:
-        """index i32 and slides bool: number and kind of this layer."""
+    def __call__(self, state: State, index: Array, slides: Array, shared: Shared) -> tuple[State, Routing | None]:
+        """index i32 and slides bool: number and kind of this layer. The second output is the router's, if any."""
         block = Layer.block
         if self.remat != "none":  # a scan's steps cannot be merged again, so no barrier against CSE is needed
             block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
-        state = block(self, state, index, slides, shared)
+        state, routing = block(self, state, index, slides, shared)
         if state.taps is None or shared.taps is None:
-            return state, None
+            return state, routing
         here = (shared.taps == index)[:, None, None, None]  # outside the rematerialised part: not stored per layer
-        return State(x=state.x, k=state.k, v=state.v, taps=jnp.where(here, state.x[None], state.taps)), None
+        return State(x=state.x, k=state.k, v=state.v, taps=jnp.where(here, state.x[None], state.taps)), routing
 
-    def block(self, state: State, index: Array, slides: Array, shared: Shared) -> State:
+    def block(self, state: State, index: Array, slides: Array, shared: Shared) -> tuple[State, Routing | None]:
         post = self.config.post_norms
         x = constrain(state.x, "hidden")
         out, state = self.attention(state, self.attention_norm(x), index, slides, shared)
         x = constrain(x + (self.attention_post_norm(out) if post else out), "hidden")
-        out = self.mlp(self.mlp_norm(x))
+        routing, out = None, self.mlp_norm(x)
+        if self.config.moe:
+            out, routing = self.moe(out, shared.tokens)
+        else:
+            out = self.mlp(out)
         x = constrain(x + (self.mlp_post_norm(out) if post else out), "hidden")
-        return State(x=x, k=state.k, v=state.v, taps=state.taps)
+        return State(x=x, k=state.k, v=state.v, taps=state.taps), routing

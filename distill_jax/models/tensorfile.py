@@ -40,6 +40,12 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, entry: int, start: int, stop: int) -> "TensorInfo":
+        """Of a stack of matrices [E, rows, columns]: rows `start` to `stop` of matrix `entry`."""
+        _, height, width = self.shape
+        skip = (entry * height + start) * width * self.dtype.itemsize
+        return TensorInfo(self.file, self.offset + skip, self.dtype, (stop - start, width))
+
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The part `index` of the tensor, as memory of its own (the mapping of the file is dropped at once)."""
         if not math.prod(self.shape):

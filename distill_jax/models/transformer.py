@@ -1,10 +1,11 @@
-"""One decoder for the dense families: `Transformer(config)`, used purely functionally.
+"""One decoder for all families: `Transformer(config)`, used purely functionally.
 
 Legend: B rows, T tokens, D hidden size, V vocabulary, L layers, H query heads, K key/value heads, d head_dim.
 
 Parameters are a plain tree; those of the layers carry a leading dimension L (`nn.scan`):
     embed/embedding [V,D]   layers/attention/{q,k,v,o}/{kernel,bias}   layers/attention/{q,k}_norm/scale
     layers/mlp/{gate,up,down}/{kernel,bias}   layers/{attention,mlp}_{norm,post_norm}/scale
+    layers/moe/{router,gate,up,down}/kernel in place of mlp: [L,D,E], [L,E,D,F], [L,E,F,D]
     final_norm/scale [D]    lm_head/kernel [V,D] unless tied
 Kernels of layers are [L, in, out]. The mathematics of a layer is in `layers`; other programs' names in `families`.
 """
@@ -23,6 +24,7 @@ from distill_jax.core.head import Head
 from distill_jax.models.cache import Cache, new_cache, slots
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.layers import REMAT, Layer, RMSNorm, Shared, State
+from distill_jax.models.moe import Routing
 from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
 from distill_jax.models.scores import Layout, segment_starts, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
@@ -35,11 +37,13 @@ UNROLLED = 6  # stacks up to so many layers are unrolled
 @dataclass(frozen=True, kw_only=True)
 class Hidden:
     """hidden [B,T,D]: states after the final norm, in the compute dtype. taps: the tapped layers' outputs [B,T,D]
-    (before the final norm), in the order asked for. cache: advanced, when one was given."""
+    (before the final norm), in the order asked for. cache: advanced, when one was given. routing: what each layer's
+    router did (leading dimension L), None of a dense model."""
 
     hidden: Array
     taps: tuple[Array, ...] = ()
     cache: Cache | None = None
+    routing: Routing | None = None
 
 
 class Embed(nn.Module):
@@ -142,11 +146,11 @@ class Transformer(nn.Module):
                       v=None if cache is None else cache.v,
                       taps=jnp.zeros((len(taps), *x.shape), self.dtype) if taps else None)
         index, slides = jnp.arange(c.num_layers, dtype=jnp.int32), jnp.asarray(np.array(c.sliding))
-        state, _ = self.layers(state, index, slides, shared)
+        state, routing = self.layers(state, index, slides, shared)
         if cache is not None:
             cache = Cache(k=state.k, v=state.v, lengths=lengths)
         ordered = lambda x: constrain(x, "hidden") if parts == 1 else straightened(x, parts)
-        return Hidden(hidden=ordered(self.final_norm(state.x)), cache=cache,
+        return Hidden(hidden=ordered(self.final_norm(state.x)), cache=cache, routing=routing,
                       taps=() if state.taps is None else tuple(ordered(state.taps[i]) for i in range(len(taps))))
 
     def embedding(self, tokens: Array) -> Array:
@@ -174,7 +178,8 @@ class Transformer(nn.Module):
         local = None if a.local_rope is None else a.local_rope.tables(where, c.head_dim, longest)
         picked = jnp.asarray([self._layer_number(t) for t in taps], jnp.int32) if taps else None
         return Shared(layout=layout, rope=a.rope.tables(where, c.head_dim, longest), local_rope=local,
-                      slots=slot, real=real, taps=picked), lengths
+                      slots=slot, real=real, taps=picked,
+                      tokens=None if segment_ids is None else segment_ids != 0), lengths
 
     def _layer_number(self, tap: int) -> int:
         total = self.config.num_layers

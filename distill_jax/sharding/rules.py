@@ -30,6 +30,8 @@ PARAMS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/mlp/(gate|up)/bias$", P(None, "tensor")),
     (r"layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"layers/moe/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),
+    (r"layers/moe/down/kernel$", P(None, "expert", "tensor", "fsdp")),
     (r"", P()),  # norms and everything small: replicated
 )
 

@@ -31,7 +31,8 @@ def peak_flops(device: Any) -> float | None:
 class Flops:
     """Counts the FLOPs one provider spends on a stream. Multiply-adds count 2; attention counts visible pairs only.
 
-    matrices   entries of the layers' matrices: each token passes through all of them
+    matrices   entries of the layers' matrices: each token passes through all of them (of a mixture, those
+               of its `top_k` experts and the router)
     head       entries of the output head: only tokens with a loss pass through it
     full       attention width (heads x head_dim, summed over layers) of full attention
     sliding    the same for sliding layers, which see `window` tokens
@@ -47,9 +48,9 @@ class Flops:
 
     @classmethod
     def of(cls, config: ModelConfig, *, trained: bool = True) -> "Flops":
-        heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        heads = config.num_heads * config.head_dim
         slides = sum(config.sliding)
-        return cls(matrices=config.hidden_size * (2 * heads + 2 * kv + 3 * config.mlp_size) * config.num_layers,
+        return cls(matrices=config.layer_weights * config.num_layers,
                    head=config.hidden_size * config.vocab_size, full=heads * (config.num_layers - slides),
                    sliding=heads * slides, window=config.attention.window, passes=3 if trained else 1)
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from distill_jax.core.batch import Batch
 from distill_jax.core.head import Head
+from distill_jax.models.moe import Routing
 from distill_jax.models.projectors import Found, ProjectorModel, Written, constant
 
 Array = Any
@@ -13,10 +14,12 @@ States = dict[str, dict[Any, None]]
 
 
 class Made(NamedTuple):
-    """sources {"provider/view": (final states [B,T,D], head)}; layers {"provider/view": {layer: [B,T,D]}}."""
+    """sources {"provider/view": (final states [B,T,D], head)}; layers {"provider/view": {layer: [B,T,D]}};
+    routing {"provider/view": statistics of its routers} of the models with experts."""
 
     sources: dict[str, tuple[Array, Head]]
     layers: dict[str, dict[Any, Array]]
+    routing: dict[str, Routing]
 
 
 def provider_of(source: str) -> str:
@@ -37,7 +40,7 @@ def needed_states(asked: Mapping[str, tuple[Any, ...]], projectors: Mapping[str,
 def make_sources(asked: Mapping[str, tuple[Any, ...]], models: Mapping[str, Any],
                  projectors: Mapping[str, ProjectorModel], params: Mapping[str, Tree], batch: Batch) -> Made:
     """Run what `asked` ({"provider/view": layers}) needs. Raises ValueError for views and fields that do not exist."""
-    made = Made({}, {})
+    made = Made({}, {}, {})
     for source, layers in needed_states(asked, projectors).items():
         provider, view = source.split("/")
         if view not in batch.views:
@@ -66,6 +69,8 @@ def _run(made: Made, source: str, model: Any, params: Tree, stream: Any, layers:
     variables = {"params": params}
     out = model.apply(variables, stream.tokens, stream.positions, stream.segment_ids, method="hidden",
                       **({"taps": taps} if taps else {}))
+    if out.routing is not None:
+        made.routing[source] = out.routing
     states = {"final": out.hidden} | dict(zip(taps, out.taps))
     if "embedding" in layers:
         states["embedding"] = model.apply(variables, stream.tokens, method="embedding")

@@ -21,6 +21,7 @@ from distill_jax.data.views import Derived, with_made
 from distill_jax.models.projectors import ProjectorModel
 from distill_jax.objective.term import Objective, Weights
 from distill_jax.sharding import batch_spec, fit_spec, row_shards
+from distill_jax.train.balance import balanced, load, real_tokens
 from distill_jax.train.flops import Flops
 from distill_jax.train.sources import Made, make_sources, needed_states, provider_of, stored_sources
 from distill_jax.train.state import Optimizers, TrainState
@@ -91,7 +92,8 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
              hidden states are a signal
     votes    int32 [devices]: what each process wants (`votes.Votes`); the largest comes back as metric "vote"
     metrics  "loss", "grad_norm", "ok" (False: not finite, nothing was changed), "lr" {provider: rate}, "terms" (the
-             objective's sums), and what `batch_metrics` counts; replicated, still on the device
+             objective's sums), "experts" {"provider/view": {"balance", "load"}} (`balance`), and what
+             `batch_metrics` counts; replicated, still on the device
     """
     shardings = jax.tree.map(lambda x: x.sharding, like)
     gradient = make_gradient(config, shardings.params)
@@ -146,26 +148,31 @@ def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., t
                  ) -> tuple[dict[str, Tree], Metrics]:
         batch = with_views(config, batch)
         weights, dynamic = objective.weights(batch, step, controllers), objective.dynamic(step, controllers)
+        totals = real_tokens(batch)
 
-        def part(rows: Batch, of_rows: Weights) -> tuple[dict[str, Tree], tuple[Array, Tree]]:
-            def loss(params: Params) -> tuple[Array, Tree]:
+        def part(rows: Batch, of_rows: Weights) -> tuple[dict[str, Tree], tuple[Array, Tree, Tree]]:
+            def loss(params: Params) -> tuple[Array, tuple[Tree, Tree]]:
                 made = _made(config, {**frozen, **params}, rows)
                 trainable = tuple(s for s in made.layers if provider_of(s) in trained)
-                return objective.loss(made.sources, rows, of_rows, dynamic, layers=made.layers, trainable=trainable,
-                                      mesh=config.lift_mesh)
+                total, terms = objective.loss(made.sources, rows, of_rows, dynamic, layers=made.layers,
+                                              trainable=trainable, mesh=config.lift_mesh)
+                even, routing = balanced(made.routing, config.models, trained, totals)
+                return (total + even if routing else total), (terms, routing)
 
-            aux, grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
+            (value, (terms, routing)), grads = jax.value_and_grad(loss, has_aux=True)(dict(params))
+            aux = (value, terms, routing)
             return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings), aux
 
         if config.micro_batches == 1:
-            grads, (loss, terms) = part(batch, weights)
+            grads, (loss, terms, routing) = part(batch, weights)
         else:
             cuts = split((batch, weights), config.micro_batches, config.mesh)
             shapes = jax.eval_shape(lambda c: part(*jax.tree.map(lambda x: x[0], c)), cuts)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             add = lambda total, cut: (jax.tree.map(jnp.add, total, part(*cut)), None)
-            (grads, (loss, terms)), _ = jax.lax.scan(add, zeros, cuts)
-        return grads, {"loss": loss, "terms": terms, **batch_metrics(config, batch, weights)}
+            (grads, (loss, terms, routing)), _ = jax.lax.scan(add, zeros, cuts)
+        loads = {name: {"balance": r["balance"], "load": load(r["counts"])} for name, r in routing.items()}
+        return grads, {"loss": loss, "terms": terms, "experts": loads, **batch_metrics(config, batch, weights)}
 
     return gradient
 

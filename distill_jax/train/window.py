@@ -50,6 +50,10 @@ class Window:
         for name in steps[-1]["retained"]:
             sums = np.sum([[float(x) for x in s["retained"][name]] for s in steps], axis=0)
             out["retained" if len(steps[-1]["retained"]) == 1 else f"retained/{name}"] = _ratio(*sums)
+        for name, loads in steps[-1]["experts"].items():
+            of = name if len(steps[-1]["experts"]) > 1 else ""
+            out |= {f"experts/{of and of + '/'}{what}": _mean([float(s["experts"][name][what]) for s in steps])
+                    for what in loads}
         timed = steps[self._timed:]
         if timed:
             out["tokens_per_second"] = sum(int(s["tokens"]) for s in timed) / seconds

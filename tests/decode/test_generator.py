@@ -10,7 +10,7 @@ import pytest
 from distill_jax.decode import Generator, Sampling, generator, loop
 from distill_jax.objective.lift import lift_tokens
 from distill_jax.sharding import make_mesh, param_shardings
-from tests.models.common import EVERYTHING, PLAIN, make
+from tests.models.common import EVERYTHING, PLAIN, SPARSE, make
 
 LOGPROB_TOLERANCE = 2e-5
 """Decode and trainer compute the same log-probs by other routes (one token and a cache, a whole row); float32."""
@@ -38,7 +38,8 @@ def forward(model, params, tokens):
 
 @pytest.mark.parametrize("config, sampling", [
     (PLAIN, Sampling(temperature=0.9, max_new_tokens=9)), (EVERYTHING, Sampling(max_new_tokens=9)),
-], ids=["plain-sampled", "everything-greedy"])
+    (SPARSE, Sampling(max_new_tokens=9)),
+], ids=["plain-sampled", "everything-greedy", "experts-greedy"])
 def test_agrees_with_the_full_forward(config, sampling, monkeypatch):
     monkeypatch.setattr(generator, "PASSES", 3)  # several calls: the cache grows
     model, params = make(config)

@@ -1,10 +1,13 @@
 """`plan`: hand numbers for what is exact, and one line where something does not fit."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from configs.models.qwen3_30b_a3b import CONFIG as CONFIG_30B
 from distill_jax.cli.main import build_app
 from distill_jax.core.roles import ANSWER
 from distill_jax.data.source_specs import Store
@@ -14,7 +17,10 @@ from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.models.config import AttentionConfig, ModelConfig
 from distill_jax.objective.term import Term
 from distill_jax.recipe import MeshShape, Recipe, Stage, Student
+from distill_jax.recipe_file import load_recipe
 from distill_jax.train.optim import AdamW
+
+RECIPES = Path(__file__).parents[2] / "configs/recipes"
 
 CONFIG = ModelConfig(vocab_size=100, hidden_size=8, mlp_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
                      context_length=64, model_type="qwen2", tied=True, attention=AttentionConfig(qkv_bias=True))
@@ -69,3 +75,19 @@ def test_command(tmp_path, monkeypatch):
     monkeypatch.setitem(DEVICES, "cpu", DEVICES["cpu"].__class__(flops=1e9, memory=1e3))
     failed = run()
     assert failed.exit_code != 0 and "does not fit cpu" in str(failed.exception)
+
+
+def test_a_mixture_on_the_expert_axis():
+    """Qwen3-30B-A3B: FLOPs of the active parameters, experts divided by the axis, the rest by fsdp alone."""
+    stage = load_recipe(RECIPES / "kd_moe.py").stages[0]
+    sparse = replace(stage, providers={"student": replace(stage.providers["student"], model=None, config=CONFIG_30B)})
+    plans = [plan_recipe(Recipe(name="r", mesh=m, stages=(sparse,)), DEVICES["h200"], 64)[0]
+             for m in (MeshShape(fsdp=8, expert=8), MeshShape(fsdp=64))]
+    both, flat = (p.memory["parameters"] / 4 for p in plans)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert both == pytest.approx(experts / 64 + (30_532_122_624 - experts) / 8)
+    assert flat == pytest.approx(30_532_122_624 / 64)
+    tokens = sparse.source.rows * sparse.source.seq_len
+    assert plans[0].flops == 3 * tokens * CONFIG_30B.flops_per_token(4096)
+    assert 6 * 3.0e9 * tokens < plans[0].flops < 6 * 4.2e9 * tokens  # 3.35B active, and attention to 4,096 tokens
+    assert fits(plans[0], DEVICES["h200"])

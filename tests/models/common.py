@@ -1,12 +1,13 @@
 """Tiny models shared by the tests of `models`."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distill_jax.models.config import AttentionConfig, ModelConfig
+from distill_jax.models.config import AttentionConfig, ModelConfig, MoE
 from distill_jax.models.rope import Rope
 from distill_jax.models.transformer import Transformer, init_params
 
@@ -20,6 +21,10 @@ EVERYTHING = ModelConfig(  # every switch at once: alternating windows, caps, no
                               local_rope=Rope(theta=1e4, fraction=0.5)),
     activation="gelu_tanh", mlp_bias=True, norm_offset=1.0, post_norms=True, tied=False, embed_scale=5.0,
     logit_soft_cap=4.0, real_vocab=57, init_std=0.2)
+
+
+SPARSE = dataclasses.replace(PLAIN, model_type="qwen3_moe", tied=False, attention=AttentionConfig(qk_norm=True),
+                             moe=MoE(experts=8, top_k=2, size=16))
 
 
 @functools.cache

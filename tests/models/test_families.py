@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distill_jax.models.config import AttentionConfig
+from distill_jax.models.config import AttentionConfig, MoE
 from distill_jax.models.families import FAMILIES, from_hf, to_hf
 from distill_jax.models.rope import Dynamic, Linear, Llama3, Rope, Yarn
 from tests.models.common import PLAIN
@@ -116,3 +116,37 @@ def test_a_config_its_family_cannot_express_is_refused():
 
 def test_every_family_is_registered_under_its_name():
     assert all(name == f.model_type for name, f in FAMILIES.items())
+
+
+# Qwen3-30B-A3B as published
+QWEN3_MOE = {"model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+             "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+             "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+             "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+             "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+             "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+             "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936}
+
+
+def test_qwen3_moe_as_published():
+    c = from_hf(QWEN3_MOE)
+    assert c.moe == MoE(experts=128, top_k=8, size=768, norm=True, balance=0.001)
+    assert c.num_params == 30_532_122_624  # "30.5B in total and 3.3B activated"
+    assert round(c.num_active_params / 1e9, 2) == 3.35
+    embeddings, norms = 151936 * 2048, 48 * (2 * 2048 + 2 * 128) + 2048
+    assert c.flops_per_token(1) == 2 * (c.num_active_params - embeddings - norms) + 4 * 48 * 32 * 128
+    written = json.loads(json.dumps(to_hf(c, "bfloat16")))
+    assert from_hf(written) == c
+    assert {k: written[k] for k in QWEN3_MOE if k in written} == {k: v for k, v in QWEN3_MOE.items() if k in written}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\].*layers must be alike"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2.*layers must be alike"),
+    ({"num_experts": 0}, "needs num_experts, got 0"),
+    ({"num_experts_per_tok": None}, "lacks .*num_experts_per_tok"),
+    ({"num_experts_per_tok": 129}, "top_k 129, experts 128"),
+])
+def test_mixtures_that_cannot_be_computed_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        from_hf({**QWEN3_MOE, **change})

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distill_jax.jobs.verify_hf import verify_hf
 from distill_jax.models import hf
 from distill_jax.models.config import AttentionConfig, ModelConfig
 from distill_jax.models.families import FAMILIES, from_hf, to_hf
 from distill_jax.models.rope import Llama3, Rope, Yarn
 from distill_jax.models.transformer import Transformer
+from distill_jax.train.balance import balance_loss
 from tests.models.common import make
 
 pytestmark = pytest.mark.parity
@@ -31,6 +33,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_h
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 10, "sliding_window": 5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 
@@ -42,6 +45,7 @@ CASES = {  # name -> (model_type, fields beyond SIZES)
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3-bias-window": ("qwen3", {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4,
                                     "max_window_layers": 2, "head_dim": 8}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "llama": ("llama", {}),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama-llama3": ("llama", {"rope_parameters": LLAMA3}),
@@ -169,7 +173,7 @@ def test_transformers_4_fields(pair):
 @pytest.mark.parametrize("model_type", list(FAMILIES))
 def test_bfloat16(tmp_path, model_type):
     """bf16 files and compute: as close to the exact logits as transformers in bf16 (1.5 times its distance)."""
-    fields = GEMMA if "gemma" in model_type else {}
+    fields = GEMMA if "gemma" in model_type else EXPERTS if "moe" in model_type else {}
     theirs = build(model_type, fields, tmp_path / "m", "bfloat16")
     model, params = hf.load(tmp_path / "m", dtype=jnp.bfloat16, param_dtype=None)
     hf.save(tmp_path / "out", model, params, hf.companions(tmp_path / "m"))
@@ -217,3 +221,62 @@ def test_training_is_that_of_torch():
     from benchmarks.peers import compare
 
     assert compare("small", "ce", "float32", rows=2, length=32, steps=3)["largest_relative_loss_gap"] < 1e-5
+
+
+def test_training_a_mixture_is_that_of_torch(tmp_path):
+    """Logits, loss with the routers' balance, and every gradient, of rows with padding: 1e-5."""
+    theirs = build("qwen3_moe", {**EXPERTS, "router_aux_loss_coef": 0.3}, tmp_path / "m")
+    ours, params = hf.load(tmp_path / "m")
+    t, mask = ids(2, 12), np.ones((2, 12), np.int64)
+    mask[1, 7:] = 0
+    out = theirs(torch.tensor(t), attention_mask=torch.tensor(mask), output_router_logits=True,
+                 labels=torch.tensor(np.where(mask == 1, t, -100)))
+    out.loss.backward()
+
+    def loss(p):
+        made = ours.apply({"params": p}, jnp.asarray(t, jnp.int32), segment_ids=jnp.asarray(mask, jnp.int32),
+                          method="hidden")
+        logits = ours.head(p).logits(made.hidden)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(t)[:, 1:, None], -1)[..., 0]
+        real = jnp.asarray(mask[:, 1:], jnp.float32)
+        return -jnp.sum(picked * real) / jnp.sum(real) + 0.3 * balance_loss(made.routing, ours.config.moe), logits
+
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    close(np.asarray(logits)[mask == 1], out.logits.detach().numpy()[mask == 1], 1e-5 * float(out.logits.abs().max()))
+    assert abs(float(value) - out.loss.item()) <= 1e-5 * out.loss.item()
+    want = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
+    for layer in range(3):  # fused there, an expert each here
+        at = f"model.layers.{layer}.mlp.experts."
+        both, down = want.pop(at + "gate_up_proj"), want.pop(at + "down_proj")
+        for e in range(EXPERTS["num_experts"]):
+            gate, up = np.split(both[e], 2)
+            want |= {f"{at}{e}.{k}_proj.weight": v for k, v in (("gate", gate), ("up", up), ("down", down[e]))}
+    got = {e.name: e.fetch() for e in hf.entries(ours.config, grads, "float32", {})}
+    assert set(got) == set(want)
+    for name, g in want.items():
+        assert np.linalg.norm(got[name] - g) <= 1e-5 * max(np.linalg.norm(g), 0.1), name
+
+
+def test_fused_experts_are_read(tmp_path):
+    """The layout of transformers 5's own modules, as `save_pretrained(save_original_format=False)` writes it."""
+    theirs = build("qwen3_moe", EXPERTS, tmp_path / "apart")
+    theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    names = [set(hf.open_tensors(tmp_path / p)) for p in ("apart", "fused")]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names[1] - names[0]
+    assert "model.layers.0.mlp.experts.5.up_proj.weight" in names[0]
+    jax.tree.map(np.testing.assert_array_equal, *(hf.load(tmp_path / p)[1] for p in ("apart", "fused")))
+
+
+def test_verify_hf_of_a_mixture(tmp_path):
+    """Both layouts of the files pass, also against each other; a changed expert does not."""
+    model = build("qwen3_moe", EXPERTS, tmp_path / "apart")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    lines = []
+    verify_hf(str(tmp_path / "fused"), against=str(tmp_path / "apart"), echo=lines.append)
+    assert len(lines) == 6 and all(line.startswith("ok") for line in lines), lines
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3] *= 1.5
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="tensors"):
+        verify_hf(str(tmp_path / "fused"), against=str(tmp_path / "other"), echo=lines.append)
+    assert any("different: model.layers.1.mlp.experts.3.down_proj.weight" in line for line in lines)

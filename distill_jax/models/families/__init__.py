@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from distill_jax.models.config import ModelConfig
-from distill_jax.models.families import gemma2, gemma3_text, llama, mistral, qwen2, qwen3
+from distill_jax.models.families import gemma2, gemma3_text, llama, mistral, qwen2, qwen3, qwen3_moe
 from distill_jax.models.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
-    for f in (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY, mistral.FAMILY, gemma2.FAMILY, gemma3_text.FAMILY)
+    for f in (qwen2.FAMILY, qwen3.FAMILY, llama.FAMILY, mistral.FAMILY, gemma2.FAMILY, gemma3_text.FAMILY,
+              qwen3_moe.FAMILY)
 }
 
 

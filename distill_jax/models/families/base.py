@@ -11,6 +11,7 @@ from typing import Any
 
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.rope import Dynamic, Linear, Llama3, Rope, Yarn
+from distill_jax.models.tensorfile import TensorInfo
 
 Json = Mapping[str, Any]
 
@@ -25,13 +26,19 @@ class Tensor:
     """A parameter and what the files call it.
 
     path       parameter in our tree
-    name       tensor in the file, with `{}` for the number of the layer where the parameter is stacked
+    name       tensor in the file, with `{}` for the number of the layer where the parameter is stacked, and a second
+               one for the number of the expert
     transpose  the file holds [out, in] where we hold [in, out]
     """
 
     path: str
     name: str
     transpose: bool = False
+
+    @property
+    def stacked(self) -> int:
+        """Leading dimensions of the parameter that the files hold apart."""
+        return self.name.count("{}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +66,22 @@ class Family:
         if a.qk_norm:
             out += [Tensor(path=f"layers/attention/{p}_norm/scale", name=f"{layer}self_attn.{p}_norm.weight")
                     for p in ("q", "k")]
-        for part in ("gate", "up", "down"):
-            out += _dense(f"layers/mlp/{part}", f"{layer}mlp.{part}_proj", config.mlp_bias)
+        out += self.mlp(config)
         out += [Tensor(path=f"layers/{ours}/scale", name=f"{layer}{theirs}.weight")
                 for ours, theirs in self.norms.items()]
         out.append(Tensor(path="final_norm/scale", name="model.norm.weight"))
         if not config.tied:
             out.append(Tensor(path="lm_head/kernel", name="lm_head.weight"))
         return out
+
+    def mlp(self, config: ModelConfig) -> list[Tensor]:
+        """The tensors of what follows attention in a layer."""
+        return [t for part in ("gate", "up", "down")
+                for t in _dense(f"layers/mlp/{part}", f"model.layers.{{}}.mlp.{part}_proj", config.mlp_bias)]
+
+    def stored(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        """What the files hold, by the names of `tensors`: where a family is stored in several ways, they meet here."""
+        return tensors
 
 
 def _dense(path: str, name: str, bias: bool) -> list[Tensor]:
