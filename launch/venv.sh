@@ -32,8 +32,8 @@ if [ ! -x "$venv/bin/python" ]; then
   fi
 fi
 minor=$("$venv/bin/python" -c 'import sys; print(sys.version_info[1])')
-constraints=constraints-py311.txt
-[ "$minor" -ge 12 ] && constraints=constraints-py312.txt
+constraints="constraints-py311.txt"
+[ "$minor" -ge 12 ] && constraints="constraints-py312.txt"
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then extras+=(cuda)
 elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then extras+=(tpu); fi
