@@ -18,7 +18,7 @@ def parts(n=13, d=6, f=5, experts=4, top_k=2, seed=0):
     kernels = {name: jax.random.normal(k, s) for name, k, s in zip(
         ("gate", "up", "down"), keys, ((experts, d, f), (experts, d, f), (experts, f, d)))}
     x = jax.random.normal(keys[3], (n, d))
-    probs, shares, ids = route(x, jax.random.normal(keys[4], (d, experts)), top_k, True)
+    _, shares, ids = route(x, jax.random.normal(keys[4], (d, experts)), top_k, True)
     return x, ids, shares, kernels
 
 
