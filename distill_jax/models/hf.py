@@ -112,7 +112,7 @@ def check(folder: Path, config: ModelConfig, tensors: Iterable[Tensor], wanted: 
         shape = wanted[t.path].shape
         one: tuple[int, ...] = shape[t.stacked:]
         one = one[::-1] if t.transpose else one
-        expected |= {name: one for name in names(t, shape).values()}
+        expected |= dict.fromkeys(names(t, shape).values(), one)
     surplus = {n for n in stored if n not in expected and not IGNORED.search(n)}
     if config.tied:  # some writers store the tied head again
         surplus.discard("lm_head.weight")
