@@ -110,8 +110,9 @@ def check(folder: Path, config: ModelConfig, tensors: Iterable[Tensor], wanted: 
     expected: dict[str, tuple[int, ...]] = {}
     for t in tensors:
         shape = wanted[t.path].shape
-        one = shape[t.stacked:]
-        expected |= dict.fromkeys(names(t, shape).values(), one[::-1] if t.transpose else one)
+        one: tuple[int, ...] = shape[t.stacked:]
+        one = one[::-1] if t.transpose else one
+        expected |= dict.fromkeys(names(t, shape).values(), one)
     surplus = {n for n in stored if n not in expected and not IGNORED.search(n)}
     if config.tied:  # some writers store the tied head again
         surplus.discard("lm_head.weight")

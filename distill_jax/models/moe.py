@@ -83,10 +83,10 @@ def route(x: Array, router: Array, top_k: int, norm: bool) -> tuple[Array, Array
 
 def statistics(probs: Array, ids: Array, real: Array | None) -> Routing:
     """probs [B,T,E], ids [B,T,k] -> sums over the real tokens of all devices."""
-    real = jnp.ones(probs.shape[:2], bool) if real is None else real
+    mask: Array = jnp.ones(probs.shape[:2], bool) if real is None else real
     chosen = jnp.any(jax.nn.one_hot(ids, probs.shape[-1], dtype=bool), axis=-2)
-    total = lambda a: jnp.sum(jnp.where(real[..., None], a.astype(jnp.float32), 0.0), axis=(0, 1))
-    return Routing(counts=total(chosen), probs=total(probs), tokens=jnp.sum(real.astype(jnp.float32)))
+    total = lambda a: jnp.sum(jnp.where(mask[..., None], a.astype(jnp.float32), 0.0), axis=(0, 1))
+    return Routing(counts=total(chosen), probs=total(probs), tokens=jnp.sum(mask.astype(jnp.float32)))
 
 
 def grouped(x: Array, ids: Array, shares: Array, kernels: Kernels, first: Array | int = 0, *,
@@ -105,7 +105,8 @@ def grouped(x: Array, ids: Array, shares: Array, kernels: Kernels, first: Array 
     spread = jnp.where(valid, _spread(x, order, inverse, top_k), 0)
     inner = activation(jax.lax.ragged_dot(spread, kernels["gate"], sizes))
     inner = inner * jax.lax.ragged_dot(spread, kernels["up"], sizes)
-    out = jax.lax.ragged_dot(inner, kernels["down"], sizes) * _spread(shares.reshape(-1, 1), order, inverse, 1)
+    share: Array = _spread(shares.reshape(-1, 1), order, inverse, 1)
+    out = jax.lax.ragged_dot(inner, kernels["down"], sizes) * share
     return _collect(jnp.where(valid, out, 0), order, inverse, top_k)
 
 

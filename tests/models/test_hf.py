@@ -18,7 +18,7 @@ from distill_jax.models.config import AttentionConfig
 from distill_jax.models.families import FAMILIES, family, from_hf, to_hf
 from distill_jax.models.tensorfile import Entry, open_tensors, write_tensors
 from distill_jax.sharding import make_mesh, param_shardings
-from tests.models.common import PLAIN, make, tokens
+from tests.models.common import PLAIN, SPARSE, make, tokens
 
 LLAMA = dataclasses.replace(PLAIN, model_type="llama", tied=False, attention=AttentionConfig())
 SMALL = 4000  # bytes a file: many shards
@@ -95,14 +95,26 @@ def test_files_are_what_the_library_reads(tmp_path):
 def test_every_family_round_trips(tmp_path, model_type):
     tensor_config = {"model_type": model_type, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48,
                      "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-                     "max_position_embeddings": 64, "sliding_window": 4}
+                     "max_position_embeddings": 64, "sliding_window": 4, "num_experts": 3,
+                     "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     model, params = make(from_hf(tensor_config))
     hf.save(tmp_path / "m", model, params)
     back, there = hf.load(tmp_path / "m")
     assert back.config == model.config
     equal(params, there)
     names = set(open_tensors(tmp_path / "m"))
-    assert len(names) == sum(2 if "{}" in t.name else 1 for t in family(model_type).tensors(model.config))
+    assert len(names) == sum((1, 2, 2 * 3)[t.stacked] for t in family(model_type).tensors(model.config))
+
+
+def test_experts_are_read_where_they_belong(tmp_path):
+    mesh = make_mesh(expert=4, tensor=2)
+    model, params = make(SPARSE)
+    hf.save(tmp_path / "m", model, params)
+    _, there = hf.load(tmp_path / "m", mesh=mesh)
+    equal(params, there)
+    for (path, leaf), (_, want) in zip(paths(there), paths(param_shardings(mesh, params))):
+        assert leaf.sharding == want, path
+    assert there["layers"]["moe"]["up"]["kernel"].addressable_shards[0].data.shape == (2, 2, 32, 8)
 
 
 def test_loading_onto_a_mesh(folder):

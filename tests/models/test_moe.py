@@ -10,6 +10,7 @@ import pytest
 
 from distill_jax.models.config import ModelConfig, MoE
 from distill_jax.models.moe import every_expert, grouped, route, statistics
+from distill_jax.sharding import make_mesh, param_shardings
 from tests.models.common import SPARSE, make, tokens
 
 
@@ -112,3 +113,16 @@ def test_impossible_mixtures_are_refused(fields):
 def test_biases_are_refused():
     with pytest.raises(ValueError, match="mlp_bias"):
         ModelConfig(**{**{f.name: getattr(SPARSE, f.name) for f in dataclasses.fields(SPARSE)}, "mlp_bias": True})
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rows_that_the_mesh_does_not_divide(rows):
+    """One row is whole on every device: owners then add up, and nothing is scattered. Four are cut: as in training."""
+    mesh = make_mesh(expert=2, fsdp=2, tensor=2)
+    model, params = make(SPARSE)
+    t = tokens(rows, 5)
+    want = jax.jit(lambda p: model.apply({"params": p}, t))(params)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(mesh, params))
+        got = jax.jit(lambda p: model.apply({"params": p}, t))(placed)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
