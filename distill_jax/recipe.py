@@ -35,7 +35,7 @@ class Student:
     tokenizer   where the tokenizer comes from; default: with the model
     trainable   False keeps it fixed (a frozen teacher); see `Frozen`
     precision   dtype of the computation; parameters of trained models are float32 masters
-    remat       "none", "dots" (keep matmul results) or "full" (recompute each layer)
+    remat       what the backward pass keeps, the rest is recomputed: a name in `models.remat.REMAT`
     attention   "auto" or the name of one implementation (`models.attention`)
     optim       its own optimiser; None: the stage's
     """
@@ -45,7 +45,7 @@ class Student:
     tokenizer: str | None = None
     trainable: bool = True
     precision: Precision = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "qkv_attention", "full"] = "none"
     attention: str = "auto"
     init_seed: int = 0
     optim: AdamW | None = None

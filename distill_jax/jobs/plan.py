@@ -21,6 +21,7 @@ from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import hub_config
 from distill_jax.models import families
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.remat import REMAT
 from distill_jax.objective.memory import lift_bytes
 from distill_jax.objective.term import build_objective
 from distill_jax.recipe import AnyProjector, Recipe, Stage, Student, resolve
@@ -148,9 +149,7 @@ def _activation_bytes(c: ModelConfig, provider: Student, compute: int) -> float:
     layer = 4 * c.hidden_size + 2 * q + 2 * kv + 3 * c.mlp_size
     if not provider.trainable:
         return layer * compute
-    kept = {"none": layer + 2 * c.hidden_size, "dots": c.hidden_size + 2 * q + 2 * kv + 2 * c.mlp_size,
-            "full": c.hidden_size}[provider.remat]
-    return compute * (kept * c.num_layers + layer)
+    return REMAT[provider.remat].kept(c, compute) + compute * layer
 
 
 def _signal_bytes(name: str) -> float:

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from distill_jax.models.chunked import chunked
+from distill_jax.models.remat import ATTENTION
 from distill_jax.models.scores import NEG, Layout, Score, weighted
 
 Array = Any
@@ -45,7 +47,8 @@ def reference(q: Array, k: Array, v: Array, layout: Layout, score: Score) -> Arr
     scores = score(q.reshape(b, kv, h // kv * t, d), k).reshape(grouped)
     scores = jnp.where(layout.visible(score.window)[:, None, None], scores, NEG)
     p = jax.nn.softmax(scores, axis=-1)
-    return weighted(p.reshape(b, kv, h // kv * t, s), v).reshape(b, h, t, d).astype(q.dtype)
+    out = weighted(p.reshape(b, kv, h // kv * t, s), v).reshape(b, h, t, d).astype(q.dtype)
+    return checkpoint_name(out, ATTENTION)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array, Layout, Score], Array]] = {

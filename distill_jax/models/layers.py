@@ -12,10 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from distill_jax.models import cache as kv_cache
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.remat import QKV, REMAT
 from distill_jax.models.rope import rotate
 from distill_jax.models.scores import Layout, Score, wide
 from distill_jax.sharding import constrain
@@ -27,13 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
-
-REMAT: dict[str, Any] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What the backward pass may keep of a layer; it recomputes the rest."""
 
 
 @jax.tree_util.register_dataclass
@@ -118,6 +113,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self._tables(slides, shared)
         q, k = constrain(rotate(q, cos, sin), "heads"), rotate(k, cos, sin)
+        q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
         if state.k is not None:
             put = partial(kv_cache.write, layer=index, index=shared.slots, real=shared.real)
             state = State(x=state.x, taps=state.taps, k=put(state.k, new=k), v=put(state.v, new=v))
@@ -180,7 +176,7 @@ class Layer(nn.Module):
         """index i32 and slides bool: number and kind of this layer."""
         block = Layer.block
         if self.remat != "none":  # a scan's steps cannot be merged again, so no barrier against CSE is needed
-            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT[self.remat].save, prevent_cse=False)
         state = block(self, state, index, slides, shared)
         if state.taps is None or shared.taps is None:
             return state, None
