@@ -23,7 +23,7 @@ from distill_jax.objective.tokens import TokenTerm
 from distill_jax.rollout.estimators import Estimator
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.rollout.reinforce import Reinforce
-from distill_jax.train.optim import AdamW
+from distill_jax.train.optim import AdamW, Optimizer
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -48,7 +48,7 @@ class Student:
     remat: Literal["none", "dots", "qkv_attention", "full"] = "none"
     attention: str = "auto"
     init_seed: int = 0
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config is None):
@@ -81,7 +81,7 @@ class Projector:
     view: str = "main"
     layers: tuple[Layer, ...] = ("final",)
     bias: bool = True
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
     init_seed: int = 0
 
     @property
@@ -105,7 +105,7 @@ class CrossModelAttention:
     student_view: str = "main"
     teacher_view: str = "main"
     on: tuple[Role, ...] = SUPERVISED
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
     init_seed: int = 0
 
     @property
@@ -126,7 +126,7 @@ class Critic:
 
     reads: str = "student"
     detach: bool = True
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
     init_seed: int = 0
 
     @property
@@ -182,7 +182,7 @@ class Stage:
     providers: Mapping[str, Student | AnyProjector]
     terms: Mapping[str, AnyTerm]
     views: Mapping[str, AnyView] = field(default_factory=dict)
-    optim: AdamW = AdamW()
+    optim: Optimizer = AdamW()
     steps: int = 1000
     micro_batches: int = 1
     saving: Saving = Saving()
