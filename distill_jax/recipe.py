@@ -17,6 +17,7 @@ from distill_jax.data.source_specs import Retokenised, Source
 from distill_jax.data.views import Derived
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.lora import Lora
 from distill_jax.objective.coupled import Layer
 from distill_jax.objective.term import AnyTerm
 from distill_jax.objective.tokens import TokenTerm
@@ -38,6 +39,7 @@ class Student:
     remat       what the backward pass keeps, the rest is recomputed: a name in `models.remat.REMAT`
     attention   "auto" or the name of one implementation (`models.attention`)
     optim       its own optimiser; None: the stage's
+    lora        trained adapters on the frozen model, which keeps `precision`; None: all parameters are trained
     """
 
     model: str | None = None
@@ -49,8 +51,12 @@ class Student:
     attention: str = "auto"
     init_seed: int = 0
     optim: Optimizer | None = None
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
+        if self.lora and (self.model is None or not self.trainable):
+            raise ValueError("lora= trains adapters of a model that is there: give model=, and no trainable=False; a "
+                             "run with adapters is loaded by its name like any other")
         if (self.model is None) == (self.config is None):
             raise ValueError("a provider needs exactly one of model= (trained weights) and config= (random weights)")
 

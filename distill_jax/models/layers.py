@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from distill_jax.models import cache as kv_cache
+from distill_jax.models import lora
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.remat import QKV, REMAT
@@ -84,7 +85,11 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         dtype = wide(x.dtype)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
-        y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype))
+        flat = x.reshape(-1, x.shape[-1])
+        y = jnp.dot(flat, kernel.astype(x.dtype))
+        if self.has_variable("params", lora.A):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in (lora.A, lora.B))
+            y = y + jnp.dot(jnp.dot(flat, a), b)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)[None, :]
         return y.reshape(*x.shape[:-1], self.features)

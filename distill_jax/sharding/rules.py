@@ -28,6 +28,10 @@ PARAMS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/attention/[qkv]/bias$", P(None, "tensor")),
     (r"layers/attention/o/kernel$", P(None, "tensor", "fsdp")),
     (r"layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
+    (r"layers/(attention/[qkv]|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
+    (r"layers/(attention/o|mlp/down)/lora_a$", P(None, "tensor")),
+    (r"layers/(attention/o|mlp/down)/lora_b$", P(None, None, "fsdp")),
     (r"layers/mlp/(gate|up)/bias$", P(None, "tensor")),
     (r"layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
     (r"", P()),  # norms and everything small: replicated

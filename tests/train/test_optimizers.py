@@ -217,7 +217,7 @@ def test_resumes_with_the_same_bits(tmp_path):
 
 
 def test_bad_state():
-    with pytest.raises(ValueError, match="AdamW.state must be one of float32, bfloat16, int8, got 'int4'"):
+    with pytest.raises(ValueError, match=r"AdamW.state must be one of float32, bfloat16, int8, got 'int4'"):
         AdamW(state="int4")
     with pytest.raises(ValueError, match="Muon needs peak_lr >= 0"):
         Muon(peak_lr=-1.0)
