@@ -62,8 +62,9 @@ class Optimizer:
         raise NotImplementedError(f"{type(self).__name__} has no rule")
 
     def state_bytes(self, shapes: Any) -> int:
-        """Bytes of the state for a tree of parameters (arrays or ShapeDtypeStructs); nothing is computed."""
-        return tree.nbytes(jax.eval_shape(self.build(1).init, shapes))
+        """Bytes of the state for a tree of parameters (arrays or ShapeDtypeStructs), counters left out; nothing is
+        computed."""
+        return tree.nbytes([x for x in jax.tree.leaves(jax.eval_shape(self.build(1).init, shapes)) if x.ndim])
 
     def _finish(self, direction: optax.GradientTransformation, schedule: "Schedule") -> optax.GradientTransformation:
         """Decoupled weight decay and the learning rate after a direction."""
