@@ -4,9 +4,8 @@ Paper: LoRA, Hu et al. 2022 (2106.09685), section 4.1, equation 3; the terms as 
 Constants: rank 16, alpha 32 and all seven projections are common practice (the paper adapts q and v only); lr 1e-4 is
 ten times that of `kd.py`, as usual for adapters: a guess. Two rows a micro-batch: activations stay small.
 Expected: somewhat behind `kd.py` at equal updates. Not run at this size yet.
-All parameters instead: `--set student.lora=null --set optim.peak_lr=1e-5 --set optim.state=int8` with `--set micro_batches=16
---set student.remat=full` keeps float32 masters
-and takes about 22 GB, tight; in 24 GB that leaves no room for longer rows.
+All parameters instead: `--set student.lora=null --set optim.peak_lr=1e-5 --set optim.state=int8 --set micro_batches=16
+--set student.remat=full` keeps float32 masters and takes about 22 GB: tight, no room for longer rows.
 Before it: `distill-jax score traces/ --teacher MODEL --signal topk:64`.
 Hardware, time: `distill-jax plan configs/recipes/kd_24gb.py --on rtx4090`.
 """
