@@ -11,9 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -23,6 +25,7 @@ from distill_jax.jobs.mirror import Remote, mirror
 from distill_jax.models import hf
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.families import from_hf
+from distill_jax.models.lora import from_json, merge
 from distill_jax.models.transformer import Transformer
 from distill_jax.sharding import DEFAULT_RULES, Rules, param_shardings
 from distill_jax.train.checkpoint import COMMITTED, latest_params, latest_step
@@ -46,6 +49,11 @@ def load(source: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT
     Raises ValueError saying what was found where no model could be read.
     """
     folder = local_folder(source)
+    adapter = folder / "model" / "adapter.json"
+    if adapter.is_file():
+        model, params = _merged(adapter, mesh=mesh, rules=rules, dtype=dtype, compute=compute, provider=provider,
+                                step=step, **model_kwargs)
+        return model.clone(config=_with_real_ids(model.config, folder)), params
     model_kwargs["dtype"] = compute or dtype or jnp.float32
     if is_run(folder):
         model = Transformer(from_hf(hf.read_config(folder / "model")), **model_kwargs)
@@ -148,6 +156,26 @@ def _from_checkpoint(folder: Path, model: Transformer, provider: str | None, *, 
         raise ValueError(f"{checkpoints} is of another model than {folder}/model/config.json: {'; '.join(lines[:4])}"
                          f"{more}. Put the config.json back that the run was trained with")
     return params
+
+
+def _merged(adapter: Path, *, mesh: Mesh | None, rules: Rules, dtype: Any, compute: Any, provider: str | None,
+            step: int | None, **model_kwargs: Any) -> tuple[Transformer, dict[str, Any]]:
+    """A run of adapters: the model they belong to with them in it. Raises ValueError where it is not there, or another.
+    """
+    lora, base, base_step = from_json(json.loads(adapter.read_text()))
+    try:
+        model, params = load(base, mesh=mesh, rules=rules, dtype=dtype, step=base_step, compute=compute, **model_kwargs)
+    except ValueError as e:
+        raise ValueError(f"{adapter.parent.parent} holds adapters of {base!r}, which cannot be read: {e}; put it back, "
+                         f'or correct "base" in {adapter}') from None
+    wanted = jax.eval_shape(lora.init, hf.param_shapes(model), jax.random.key(0))
+    checkpoints = adapter.parent.parent / "checkpoints"
+    adapters = latest_params(checkpoints, provider or "student", step=step, dtype=jnp.float32,
+                             shardings=None if mesh is None else lambda shapes: param_shardings(mesh, shapes, rules))
+    if {n: x.shape for n, x in paths(wanted)} != {n: x.shape for n, x in paths(adapters)}:
+        raise ValueError(f"{checkpoints} holds adapters of another model than {base!r}; correct \"base\" in {adapter}")
+    placed = jax.tree.map(lambda x: x.sharding, params)
+    return model, jax.jit(partial(merge, scale=lora.scale), out_shardings=placed)(params, adapters)
 
 
 def _with_real_ids(config: ModelConfig, folder: Path) -> ModelConfig:

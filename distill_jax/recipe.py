@@ -17,13 +17,14 @@ from distill_jax.data.source_specs import Retokenised, Source
 from distill_jax.data.views import Derived
 from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.lora import Lora
 from distill_jax.objective.coupled import Layer
 from distill_jax.objective.term import AnyTerm
 from distill_jax.objective.tokens import TokenTerm
 from distill_jax.rollout.estimators import Estimator
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.rollout.reinforce import Reinforce
-from distill_jax.train.optim import AdamW
+from distill_jax.train.optim import AdamW, Optimizer
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -35,9 +36,10 @@ class Student:
     tokenizer   where the tokenizer comes from; default: with the model
     trainable   False keeps it fixed (a frozen teacher); see `Frozen`
     precision   dtype of the computation; parameters of trained models are float32 masters
-    remat       "none", "dots" (keep matmul results) or "full" (recompute each layer)
+    remat       what the backward pass keeps, the rest is recomputed: a name in `models.remat.REMAT`
     attention   "auto" or the name of one implementation (`models.attention`)
     optim       its own optimiser; None: the stage's
+    lora        trained adapters on the frozen model, which keeps `precision`; None: all parameters are trained
     """
 
     model: str | None = None
@@ -45,12 +47,16 @@ class Student:
     tokenizer: str | None = None
     trainable: bool = True
     precision: Precision = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "qkv_attention", "full"] = "none"
     attention: str = "auto"
     init_seed: int = 0
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
+        if self.lora and (self.model is None or not self.trainable):
+            raise ValueError("lora= trains adapters of a model that is there: give model=, and no trainable=False; a "
+                             "run with adapters is loaded by its name like any other")
         if (self.model is None) == (self.config is None):
             raise ValueError("a provider needs exactly one of model= (trained weights) and config= (random weights)")
 
@@ -81,7 +87,7 @@ class Projector:
     view: str = "main"
     layers: tuple[Layer, ...] = ("final",)
     bias: bool = True
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
     init_seed: int = 0
 
     @property
@@ -105,7 +111,7 @@ class CrossModelAttention:
     student_view: str = "main"
     teacher_view: str = "main"
     on: tuple[Role, ...] = SUPERVISED
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
     init_seed: int = 0
 
     @property
@@ -126,7 +132,7 @@ class Critic:
 
     reads: str = "student"
     detach: bool = True
-    optim: AdamW | None = None
+    optim: Optimizer | None = None
     init_seed: int = 0
 
     @property
@@ -182,7 +188,7 @@ class Stage:
     providers: Mapping[str, Student | AnyProjector]
     terms: Mapping[str, AnyTerm]
     views: Mapping[str, AnyView] = field(default_factory=dict)
-    optim: AdamW = AdamW()
+    optim: Optimizer = AdamW()
     steps: int = 1000
     micro_batches: int = 1
     saving: Saving = Saving()

@@ -18,6 +18,7 @@ from distill_jax.decode import Generator
 from distill_jax.jobs.questions import of_traces
 from distill_jax.jobs.rounds import drop_rounds
 from distill_jax.jobs.write_store import write_store
+from distill_jax.models.lora import joined
 from distill_jax.rollout.generation import with_real_ids
 from distill_jax.rollout.on_policy import OnPolicy
 from distill_jax.sharding import row_shards
@@ -80,7 +81,7 @@ class OnPolicySteering:
                  ) -> list[Trace]:
         """At most `n` answers (0: the spec's) to each question by the student as it is; those to one question stand
         together."""
-        generator = Generator(self._model, params[self._student], batch_size=self._rows(), mesh=self._mesh,
+        generator = Generator(self._model, joined(params)[self._student], batch_size=self._rows(), mesh=self._mesh,
                               token_bytes=self._tok.token_bytes)
         return self.spec.environment.sample(generator, self._tok, questions, self.spec.sampling, n=n or self.spec.n,
                                             seed=(self._seed * 1_000_003 + step) * 101 + salt,

@@ -19,8 +19,10 @@ from distill_jax.data.views import Derived
 from distill_jax.jobs.hardware import Device
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.loading import hub_config
-from distill_jax.models import families
+from distill_jax.models import families, hf
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.remat import REMAT
+from distill_jax.models.transformer import Transformer
 from distill_jax.objective.memory import lift_bytes
 from distill_jax.objective.term import build_objective
 from distill_jax.recipe import AnyProjector, Recipe, Stage, Student, resolve
@@ -89,16 +91,22 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         c = configs[name]
         n = c.params_per_device(shards, expert)
         compute = 2 if provider.precision == "bfloat16" else 4
-        flops += sum((3 if provider.trainable else 1) * rows * t * c.flops_per_token(t) for t in runs[name])
-        memory["parameters"] += n * (4 if provider.trainable else compute)
-        if provider.trainable:
-            memory["optimiser"] += 8 * n
-            memory["gradients"] += 4 * n + (compute * n if compute == 2 else 0)
+        trained = trained_shapes(c, provider)
+        passes = 1 if trained is None else 2 if provider.lora else 3
+        flops += sum(passes * rows * t * c.flops_per_token(t) for t in runs[name])
+        memory["parameters"] += n * (4 if provider.trainable and provider.lora is None else compute)
+        if trained is not None:
+            k = tree.count(trained) / shards  # all of them, or the adapters
+            memory["parameters"] += 4 * k if provider.lora else 0
+            memory["optimiser"] += (provider.optim or stage.optim).state_bytes(trained) / shards
+            memory["gradients"] += 4 * k + (compute * k if compute == 2 else 0)
         local = rows * max(runs[name]) / row_shards / stage.micro_batches
         kept = _activation_bytes(c, provider, compute, expert)
         memory["activations"] += sum(runs[name]) / max(runs[name]) * local * kept
         memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
                                      trainable=provider.trainable)
+        if provider.lora:  # no gradient of the head
+            memory["loss"] -= 4 * c.vocab_size * c.hidden_size
     sizes = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
     for n in sizes.values():  # whole on every device, in float32
         memory["parameters"] += 4 * n
@@ -113,6 +121,14 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         seconds=stage.steps * flops / (device.flops * device.mfu * devices),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
         notes=_notes(configs, runs, stage.on_policy is not None))
+
+
+def trained_shapes(c: ModelConfig, provider: Student) -> Any:
+    """Shapes of what a provider trains: its parameters or its adapters; None: nothing."""
+    if not provider.trainable:
+        return None
+    shapes = hf.param_shapes(Transformer(c))
+    return jax.eval_shape(provider.lora.init, shapes, jax.random.key(0)) if provider.lora else shapes
 
 
 def _runs(stage: Stage, configs: Mapping[str, ModelConfig], lengths: Mapping[str, int]) -> dict[str, list[int]]:
@@ -151,9 +167,7 @@ def _activation_bytes(c: ModelConfig, provider: Student, compute: int, expert: i
     layer = 4 * c.hidden_size + 2 * q + 2 * kv + mlp * (expert if c.moe else 1)
     if not provider.trainable:
         return layer * compute
-    kept = {"none": layer + 2 * c.hidden_size, "dots": c.hidden_size + 2 * q + 2 * kv + 2 * c.inner_size,
-            "full": c.hidden_size}[provider.remat]
-    return compute * (kept * c.num_layers + layer)
+    return REMAT[provider.remat].kept(c, compute) + compute * layer
 
 
 def _signal_bytes(name: str) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from distill_jax.jobs.opening import readings_of
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.jobs.reinforce import ReinforceSteering
 from distill_jax.jobs.rounds import batch_flops, spent
-from distill_jax.loading import load, local_folder
+from distill_jax.loading import is_run, load, local_folder
 from distill_jax.losses.rows.cross_entropy import cross_entropy
-from distill_jax.models import families
+from distill_jax.models import families, hf
+from distill_jax.models.lora import BASE, Base, to_json
 from distill_jax.models.parallel import check_mesh
 from distill_jax.models.transformer import Transformer
 from distill_jax.objective.chunks import kernel_spec
@@ -40,6 +42,7 @@ from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
 from distill_jax.train.bilevel import fused_term, make_outer
+from distill_jax.train.checkpoint import latest_step
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import STEERED, Evaluation, Outer, Run, fit
@@ -67,7 +70,7 @@ def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider
         model = Transformer(config)
         params = init_params(model, mesh, student.init_seed + context.seed)
     else:
-        kept = jnp.float32 if student.trainable else dtype
+        kept = jnp.float32 if student.trainable and student.lora is None else dtype
         model, params = load(where, mesh=mesh, dtype=kept)
         config = dataclasses.replace(model.config, real_vocab=min(tokenizer.real, model.config.vocab_size))
     if tokenizer.real > config.vocab_size:
@@ -114,11 +117,17 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
                          "source.signals after `distill-jax score`")
     if jax.process_index() == 0:
-        write_model_files(context.folder / "model", student)
+        write_model_files(context.folder / "model", student, context)
     trained = {n: p.params for n, p in providers.items() if p.spec.trainable}
     frozen = {n: p.params for n, p in providers.items() if not p.spec.trainable}
     frozen |= stored_heads(source, objective.signals, student, mesh)
     flops = {n: Flops.of(c, trained=n in trained) for n, c in configs.items()}
+    for n, p in providers.items():
+        if (lora := p.spec.lora) is not None:  # no gradient of the frozen matrices: two passes
+            frozen[BASE + n] = Base(params=p.params, scale=lora.scale)
+            make = partial(lora.init, hf.param_shapes(p.model))
+            trained[n] = _init(make, mesh, p.spec.init_seed + context.seed)
+            flops[n] = dataclasses.replace(flops[n], passes=2)
     trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
     specs = {n: stage.providers[n].optim or stage.optim for n in trained}
     optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
@@ -181,12 +190,18 @@ def stored_heads(source: Any, signals: Sequence[str], student: Provider, mesh: M
     return out
 
 
-def write_model_files(folder: Path, student: Provider) -> None:
-    """`config.json` and the tokenizer beside the checkpoints, in the Hugging Face layout."""
+def write_model_files(folder: Path, student: Provider, context: RunContext) -> None:
+    """`config.json` and the tokenizer beside the checkpoints, in the Hugging Face layout; of adapters, what they
+    belong to."""
     folder.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(student.model.config, real_vocab=None)  # the tokenizer beside it says so
     (folder / "config.json").write_text(json.dumps(families.to_hf(config), indent=2) + "\n")
     student.tokenizer.save(folder)
+    if student.spec.lora is not None and not (folder / "adapter.json").exists():
+        base = context.resolve(student.spec.model or "")
+        here = local_folder(base)
+        found = to_json(student.spec.lora, base, latest_step(here / "checkpoints") if is_run(here) else None)
+        (folder / "adapter.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -> float:

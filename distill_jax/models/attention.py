@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from distill_jax.models.chunked import chunked
 from distill_jax.models.kernels import mosaic, preferred, refuses, splash, triton
+from distill_jax.models.remat import ATTENTION
 from distill_jax.models.scores import NEG, Layout, Score, weighted
 
 Array = Any
@@ -48,7 +50,8 @@ def reference(q: Array, k: Array, v: Array, layout: Layout, score: Score) -> Arr
     scores = score(q.reshape(b, kv, h // kv * t, d), k).reshape(grouped)
     scores = jnp.where(layout.visible(score.window)[:, None, None], scores, NEG)
     p = jax.nn.softmax(scores, axis=-1)
-    return weighted(p.reshape(b, kv, h // kv * t, s), v).reshape(b, h, t, d).astype(q.dtype)
+    out = weighted(p.reshape(b, kv, h // kv * t, s), v).reshape(b, h, t, d).astype(q.dtype)
+    return checkpoint_name(out, ATTENTION)
 
 
 Implementation = Callable[[Array, Array, Array, Layout, Score], Array]

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from distill_jax.models.remat import ATTENTION
 from distill_jax.models.scores import NEG, Layout, Score, weighted, wide
 
 Array = Any
@@ -127,7 +129,7 @@ def _attend(static: _Static, q: Array, k: Array, v: Array, layout: Layout) -> Ar
 
 
 def _attend_fwd(static: _Static, q: Array, k: Array, v: Array, layout: Layout) -> tuple[Array, Any]:
-    out, lse = _forward(static, q, k, v, layout)
+    out, lse = (checkpoint_name(x, ATTENTION) for x in _forward(static, q, k, v, layout))
     return out, (q, k, v, layout, out, lse)
 
 

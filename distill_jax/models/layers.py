@@ -11,13 +11,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from distill_jax.models import cache as kv_cache
+from distill_jax.models import lora
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.moe import MoEMLP, Routing
 from distill_jax.models.parallel import spread
 from distill_jax.models.product import gated, product
+from distill_jax.models.remat import QKV, REMAT
 from distill_jax.models.rope import rotate
 from distill_jax.models.scores import Layout, Score, wide
 from distill_jax.sharding import constrain
@@ -29,13 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
-
-REMAT: dict[str, Any] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What the backward pass may keep of a layer; it recomputes the rest."""
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +90,9 @@ class Dense(nn.Module):
         dtype = wide(x.dtype)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
         y = product(x, kernel.astype(x.dtype))
+        if self.has_variable("params", lora.A):
+            a, b = (self.get_variable("params", name).astype(x.dtype) for name in (lora.A, lora.B))
+            y = y + product(product(x, a), b)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
             y = y + bias.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -123,6 +122,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = self._tables(slides, shared)
         q, k = constrain(rotate(q, cos, sin), "heads"), rotate(k, cos, sin)
+        q, k, v = (checkpoint_name(x, QKV) for x in (q, k, v))
         if state.k is not None:
             put = partial(kv_cache.write, layer=index, index=shared.slots, real=shared.real)
             state = State(x=state.x, taps=state.taps, k=put(state.k, new=k), v=put(state.v, new=v))
@@ -189,7 +189,7 @@ class Layer(nn.Module):
         """index i32 and slides bool: number and kind of this layer. The second output is the router's, if any."""
         block = Layer.block
         if self.remat != "none":  # a scan's steps cannot be merged again, so no barrier against CSE is needed
-            block = nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
+            block = nn.remat(block, policy=REMAT[self.remat].save, prevent_cse=False)
         state, routing = block(self, state, index, slides, shared)
         if state.taps is None or shared.taps is None:
             return state, routing

@@ -31,18 +31,13 @@ def product(x: Array, kernel: Array) -> Array:
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-@jax.custom_vjp
-def _on_cpu(x: Array, kernel: Array) -> Array:
-    return _dot(x, kernel, 0).astype(x.dtype)
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _dot(x, kernel, 0).astype(x.dtype), (x, kernel)
 
 
 def _dot(a: Array, b: Array, contract_b: int) -> Array:
     wide = jnp.float32 if a.dtype == jnp.bfloat16 else a.dtype
     return jax.lax.dot_general(a, b, (((1,), (contract_b,)), ((), ())), preferred_element_type=wide)
-
-
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _on_cpu(x, kernel), (x, kernel)
 
 
 def _backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
@@ -57,6 +52,7 @@ def _transposed(x: Array) -> Array:
     return jax.lax.optimization_barrier(jnp.moveaxis(eights, 2, 0)).reshape(width, n)
 
 
+_on_cpu = jax.custom_vjp(lambda x, kernel: _forward(x, kernel)[0])
 _on_cpu.defvjp(_forward, _backward)
 
 

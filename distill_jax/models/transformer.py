@@ -23,9 +23,10 @@ from jax.sharding import Mesh
 from distill_jax.core.head import Head
 from distill_jax.models.cache import Cache, new_cache, slots
 from distill_jax.models.config import ModelConfig
-from distill_jax.models.layers import REMAT, Layer, RMSNorm, Shared, State
+from distill_jax.models.layers import Layer, RMSNorm, Shared, State
 from distill_jax.models.moe import Routing
 from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
+from distill_jax.models.remat import REMAT
 from distill_jax.models.scores import Layout, segment_starts, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
 
@@ -88,7 +89,7 @@ class Transformer(nn.Module):
     """`model.apply({"params": params}, tokens)` gives logits; `method="hidden"` what training uses.
 
     dtype      compute dtype: parameters are cast to it where they are used; norms, softmax and logits are float32
-    remat      what the backward pass recomputes: "none", "full" (whole layers) or "dots" (all but matrix products)
+    remat      what the backward pass recomputes, a name in `remat.REMAT`
     attention  "auto", or a name in `attention.IMPLEMENTATIONS`
     """
 

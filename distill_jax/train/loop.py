@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from distill_jax.core import tree
 from distill_jax.core.batch import Batch
+from distill_jax.models.lora import BASE
 from distill_jax.train.checkpoint import Checkpoints
 from distill_jax.train.feed import BatchSource, Feed, Serve, place_global, serve_plain
 from distill_jax.train.metrics import Reporter
@@ -175,6 +176,7 @@ class _Loop:
     steering: Steering | None = None
     outer: Outer | None = None
     bad_in_a_row: int = 0
+    bases: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.window = Window(device=self.config.mesh.devices.flat[0], count=self.config.mesh.size)
@@ -182,6 +184,7 @@ class _Loop:
     def updates(self, state: TrainState, frozen: Mapping[str, Tree], start: int) -> tuple[TrainState, int]:
         """-> the state at the end or where a signal stopped it, saved or being saved, and the updates done."""
         run, votes = self.run, self.votes
+        self.bases = {name: base for name, base in frozen.items() if name.startswith(BASE)}
         state, feed = self.feed(state, start, steer=start == 0)
         step = make_step(self.config, state)
         pending: deque[tuple[int, Metrics]] = deque()
@@ -222,7 +225,7 @@ class _Loop:
             steered = jax.device_get(state.controllers[STEERED])
             if steer:
                 began = time.perf_counter()
-                steered = self.steering.update(steered, state.params, done)
+                steered = self.steering.update(steered, {**state.params, **self.bases}, done)
                 placed = jax.device_put(steered, NamedSharding(self.config.mesh, PartitionSpec()))
                 state = dataclasses.replace(state, controllers={**state.controllers, STEERED: placed})
                 numbers = self.steering.numbers(steered)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from distill_jax.core.batch import Batch
 from distill_jax.core.head import Head
+from distill_jax.models.lora import joined
 from distill_jax.models.moe import Routing
 from distill_jax.models.projectors import Found, ProjectorModel, Written, constant
 
@@ -40,7 +41,7 @@ def needed_states(asked: Mapping[str, tuple[Any, ...]], projectors: Mapping[str,
 def make_sources(asked: Mapping[str, tuple[Any, ...]], models: Mapping[str, Any],
                  projectors: Mapping[str, ProjectorModel], params: Mapping[str, Tree], batch: Batch) -> Made:
     """Run what `asked` ({"provider/view": layers}) needs. Raises ValueError for views and fields that do not exist."""
-    made = Made({}, {}, {})
+    made, params = Made({}, {}, {}), joined(params)
     for source, layers in needed_states(asked, projectors).items():
         provider, view = source.split("/")
         if view not in batch.views:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from distill_jax.core import tree
+from distill_jax.sharding.rules import fit_spec
+
 Array = Any
 Tree = Any
 
@@ -55,21 +58,31 @@ def create_state(params: dict[str, Tree], optimizers: Optimizers, *, mesh: Mesh,
     opt_state = {}
     for name, tx in optimizers.items():
         shapes = jax.eval_shape(tx.init, params[name])
-        shardings = opt_state_shardings(tx, shapes, params[name], mesh)
+        shardings = opt_state_shardings(shapes, params[name], mesh)
         opt_state[name] = jax.jit(tx.init, out_shardings=shardings)(params[name])
     small = {"step": jnp.int32(0), "skipped": jnp.int32(0), "controllers": dict(controllers or {}),
              "rng": jax.random.key_data(jax.random.key(seed))}
     return TrainState(params=dict(params), opt_state=opt_state, **jax.device_put(small, everywhere))
 
 
-def opt_state_shardings(tx: optax.GradientTransformation, opt_state: Tree, params: Tree, mesh: Mesh) -> Tree:
-    """Shardings of an optimiser state: moments like their parameter, counters on every device.
+def opt_state_shardings(opt_state: Tree, params: Tree, mesh: Mesh) -> Tree:
+    """Shardings of an optimiser state: what has a parameter's path at the end of its own and as many axes lies like it
+    (moments, and the scales of their blocks), as far as its axes divide; the rest on every device.
 
     Without them `jit(tx.init)` replicates the moments: they do not depend on the parameters' values.
     """
-    return optax.tree_map_params(
-        tx, lambda _, p: p.sharding, opt_state, params,
-        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()))
+    of = dict(tree.paths(params))
+
+    def one(path: str, leaf: Any) -> Any:
+        parts = path.split("/")
+        like = next((of[p] for i in range(len(parts)) if (p := "/".join(parts[i:])) in of), None)
+        if like is not None and like.shape == leaf.shape:
+            return like.sharding
+        if like is None or like.ndim != leaf.ndim or not isinstance(like.sharding, NamedSharding):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, fit_spec(like.sharding.spec, leaf.shape, mesh.shape))
+
+    return tree.map_with_path(one, opt_state)
 
 
 def shape_of(state: Tree) -> Tree:

@@ -26,7 +26,7 @@ def parts(n=13, d=6, f=5, experts=4, top_k=2, seed=0):
 def test_routing_by_hand():
     x = jnp.eye(3)[None]
     router = jnp.log(jnp.array([[0.5, 0.3, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6], [0.2, 0.4, 0.25, 0.15]]))
-    _, shares, ids = route(x, router, 2, True)
+    probs, shares, ids = route(x, router, 2, True)
     np.testing.assert_allclose(probs[0, 1], [0.1, 0.1, 0.2, 0.6], rtol=1e-6)
     np.testing.assert_array_equal(ids[0], [[0, 1], [3, 2], [1, 2]])
     np.testing.assert_allclose(shares[0], [[0.625, 0.375], [0.75, 0.25], [0.4 / 0.65, 0.25 / 0.65]], rtol=1e-6)
