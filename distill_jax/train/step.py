@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, M micro-batches. Sums and counts are global everywhere
 computed from the whole batch before the first micro-batch, so the gradient does not depend on how a batch is cut up.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -234,6 +235,7 @@ def _under(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
     if mesh.size == 1:
         return fn
 
+    @functools.wraps(fn)  # the jitted function stays reachable, for `lower`
     def call(*args: Any) -> Any:
         with jax.set_mesh(mesh):
             return fn(*args)
