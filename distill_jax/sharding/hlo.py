@@ -17,6 +17,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_MESH = re.compile(r"replica_groups=@?\w*mesh\[(.*?)\]\s*\{(.*?)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 
 
@@ -71,13 +72,25 @@ def _trips(bodies: dict[str, list[str]]) -> dict[str, int]:
         out[names[-1]] = 1
     for name in reversed(names):  # the entry comes last; async wrappers are callees too
         for line in bodies[name]:
-            many = int(m.group(1)) if " while(" in line and (m := _TRIPS.search(line)) else 1
+            many = _count(line, bodies) if " while(" in line else 1
             called = set(_CALLED.findall(line))
             if m := _BRANCHES.search(line):
                 called |= {x.strip().lstrip("%") for x in m.group(1).split(",")}
             for callee in called & set(out):
                 out[callee] += (out[name] or 1) * many
     return {name: max(1, n) for name, n in out.items()}
+
+
+def _count(line: str, bodies: dict[str, list[str]]) -> int:
+    """Trips of a while loop: as noted by XLA, or the one constant that its condition compares with; 1 if unknown."""
+    if m := _TRIPS.search(line):
+        return int(m.group(1))
+    m = re.search(r"condition=%?([\w.\-]+)", line)
+    body = "\n".join(bodies.get(m.group(1), [])) if m else ""
+    for callee in _CALLED.findall(body):
+        body += "\n" + "\n".join(bodies.get(callee, []))
+    limits = set(re.findall(r"s32\[\]\S* constant\((\d+)\)", body))
+    return max(1, int(limits.pop())) if len(limits) == 1 else 1
 
 
 def _collective(line: str, trips: int) -> Collective | None:
@@ -90,19 +103,21 @@ def _collective(line: str, trips: int) -> Collective | None:
     if kind not in KINDS:
         return None
     sizes = [math.prod(int(x) for x in dims.split(",") if x) * _WIDTHS.get(t, 1) for t, dims in _ARRAY.findall(result)]
-    if not sizes:
-        return None
     group = _group(line)
-    # `-start` results hold the operands beside the results
-    big = (sum(sizes) // 2 if kind == "all-reduce" and result.startswith("(") and _operands_in(result) else
-           max(sizes)) if started else sum(sizes)
-    if kind == "reduce-scatter":  # the result is a part
-        big = max(sizes) if started else sum(sizes) * group
-    return Collective(kind=kind, bytes=big, group=group, trips=trips, name=name)
+    return Collective(kind=kind, bytes=_whole(kind, sizes, group, started), group=group, trips=trips, name=name)
 
 
-def _operands_in(result: str) -> bool:
-    return result.startswith("((")
+def _whole(kind: str, sizes: list[int], group: int, started: bool) -> int:
+    """Bytes of the larger side. The result of a `-start` is its operands and then its results; of an all-reduce's, only
+    the results."""
+    half = len(sizes) // 2
+    if kind == "all-reduce":
+        return sum(sizes)
+    if kind == "collective-permute" and started:
+        return sizes[0]
+    if not started:
+        return sum(sizes) * (group if kind == "reduce-scatter" else 1)
+    return max(sum(sizes[:half]), sum(sizes[half:]))
 
 
 def _group(line: str) -> int:
@@ -110,6 +125,8 @@ def _group(line: str) -> int:
         return int(m.group(2))
     if m := _LISTED.search(line):
         return len([x for x in m.group(1).split(",") if x])
-    if m := _PAIRS.search(line):
-        return 2
-    return 1
+    if m := _MESH.search(line):  # mesh['a'=8,'b'=2] {'a'}; a part of an axis is 'a':(1)2
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", m.group(1))}
+        named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", m.group(2))
+        return math.prod(int(part) if part else sizes[axis] for axis, part in named)
+    return 2 if _PAIRS.search(line) else 1
