@@ -23,7 +23,8 @@ def plan(
     from rich.console import Console
 
     from distill_jax.jobs import hardware
-    from distill_jax.jobs.plan import as_numbers, plan_recipe, refuse, table
+    from distill_jax.jobs.changes import refuse
+    from distill_jax.jobs.plan import as_numbers, plan_recipe, table
     from distill_jax.jobs.plan_tables import compiled_table, compiled_text, remat_table
     from distill_jax.recipe_file import load_recipe
 

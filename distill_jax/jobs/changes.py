@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distill_jax.jobs.hardware import Device
+from distill_jax.jobs.hardware import Device, Target
 from distill_jax.jobs.memory import REMAT
 from distill_jax.jobs.plan import StagePlan, fits, plan_stage
 from distill_jax.recipe import Recipe, Stage
@@ -44,13 +44,26 @@ def smallest_change(recipe: Recipe, name: str, device: Device, devices: int) -> 
     return None
 
 
+def refuse(recipe: Recipe, plans: list[StagePlan], target: Target) -> None:
+    """Raises ValueError, with the smallest change that fits, for the first stage that does not."""
+    for p in plans:
+        if fits(p, target.device):
+            continue
+        change = smallest_change(recipe, p.name, target.device, target.count)
+        how = "nothing that plan can change makes it fit; use a smaller model or more memory" if change is None else (
+            f"smallest change that fits: {change.text(target.name, target.count)} "
+            f"({change.plan.total_memory / 1e9:.3g} GB, {change.plan.seconds / p.seconds:.2g}x the time)")
+        raise ValueError(f"does not fit {target.text} ({target.device.memory / 1e9:.0f} GB a device): stage {p.name} "
+                         f"needs {p.total_memory / 1e9:.3g} GB; {how}")
+
+
 def _choices(recipe: Recipe, name: str, devices: int) -> list[list[tuple[str, ...]]]:
     """[[settings that exclude each other] by what they change], each a tuple of `path=value`."""
     stage = next(s for s in recipe.stages if s.name == name and isinstance(s, Stage))
     trained = {n: p for n, p in stage.models.items() if p.trainable}
     order = list(REMAT)
     remat = [tuple(f"{n}.remat={policy}" for n, p in trained.items() if order.index(p.remat) < order.index(policy))
-             for policy in order if policy in _known_policies()]
+             for policy in order if policy in known_policies()]
     cuts = [(f"micro_batches={n}",) for n in _divisors(stage.source.rows) if n > stage.micro_batches]
     precision = [tuple(f"{n}.precision=bfloat16" for n, p in stage.models.items() if p.precision == "float32")]
     mesh = [(f"mesh.data=1 mesh.fsdp={devices // tensor} mesh.tensor={tensor} mesh.context=1 mesh.expert=1",)
@@ -58,7 +71,8 @@ def _choices(recipe: Recipe, name: str, devices: int) -> list[list[tuple[str, ..
     return [[c for c in group if c] for group in (remat, cuts, precision, mesh) if any(group)]
 
 
-def _known_policies() -> tuple[str, ...]:
+def known_policies() -> tuple[str, ...]:
+    """Names of the remat policies that the decoder has."""
     from distill_jax.models.layers import REMAT as implemented
 
     return tuple(implemented)

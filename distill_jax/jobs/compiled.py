@@ -21,12 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill_jax.core import tree
 from distill_jax.core.batch import Batch, HiddenStates, Sampled, Signal, Stream, TokenLogprob, TopK
 from distill_jax.jobs.hardware import Target
 from distill_jax.models.transformer import Transformer
 from distill_jax.recipe import Recipe, Stage
-from distill_jax.rollout.scoring import SignalSpec
 from distill_jax.sharding import batch_spec, make_mesh, param_shardings
 from distill_jax.sharding.hlo import Collective, collectives
 from distill_jax.train.state import TrainState, opt_state_shardings

@@ -1,6 +1,6 @@
 """Device memory of a training step by formula: what is there at the step's peak, in bytes of one device.
 
-The formulas say what XLA was seen to keep (`benchmarks/planner.py` holds them against the compiler): a step peaks either
+What XLA was seen to keep (`benchmarks/planner.py` holds the formulas against the compiler): a step peaks either
 in the loss, with its logits and the head's gradient, or in the backward pass of one layer, with all gradients and that
 layer's working set. The larger of the two counts. Legend: D hidden size, F inner size of the MLP, Q and K widths of all
 query and of all key heads, V vocabulary, L layers.
@@ -84,8 +84,7 @@ def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a step is cut up. rows: parts of the batch's rows; shards: parts of the parameters; gathered: whether layers
-    are put together before they run."""
+    """How a step is cut up. rows: parts of the batch's rows; platform: as `hardware.Device` says."""
 
     rows: int
     context: int
@@ -105,6 +104,10 @@ class Cut:
         """Tokens of a micro-batch on one device."""
         return self.batch * length / self.rows / self.context / self.micro_batches
 
+    def parts(self, c: ModelConfig) -> int:
+        """Parts that fsdp cuts the parameters into: 1 where it does not divide the hidden size (`sharding.rules`)."""
+        return self.fsdp if c.hidden_size % self.fsdp == 0 else 1
+
     @property
     def devices(self) -> int:
         return self.rows * self.context * self.tensor
@@ -123,7 +126,7 @@ class _Model:
     def of(cls, c: ModelConfig, provider: Student, views: Sequence[int], cut: Cut) -> "_Model":
         return cls(config=c, provider=provider, item=2 if provider.precision == "bfloat16" else 4,
                    tokens=sum(map(cut.tokens, views)), longest=cut.tokens(max(views)),
-                   count=c.num_params / (cut.fsdp * cut.tensor))
+                   count=c.num_params / (cut.parts(c) * cut.tensor))
 
     @property
     def parameters(self) -> float:
@@ -150,10 +153,10 @@ class _Model:
         working = self.item * self.longest * (policy.working(w) + self._scores(cut))
         layer = w.d * (2 * w.q + 2 * w.k + 3 * w.f)
         grads = 4 * self.count * (2 if cut.micro_batches > 1 else 1)
-        if cut.fsdp > 1:  # the layer put together, and its gradient before it is cut
+        if cut.parts(self.config) > 1:  # the layer put together, and its gradient before it is cut
             grads += 2 * self.item * layer
             if cut.platform != "tpu":  # kernels whose cut dimension is not the first are turned round once for sending
-                grads += 4 * self.config.num_layers * w.d * (w.q + 2 * w.k + 2 * w.f) / cut.fsdp
+                grads += 4 * self.config.num_layers * w.d * (w.q + 2 * w.k + 2 * w.f) / cut.parts(self.config)
         return {"activations": self._kept(cut) + working, "gradients": grads}
 
     def _scores(self, cut: Cut) -> float:

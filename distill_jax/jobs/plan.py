@@ -19,7 +19,7 @@ from distill_jax.core import tree
 from distill_jax.data.source_specs import stores
 from distill_jax.data.views import Derived
 from distill_jax.jobs import memory as bytes_of
-from distill_jax.jobs.hardware import Device, Target
+from distill_jax.jobs.hardware import Device
 from distill_jax.jobs.projectors import open_projector
 from distill_jax.jobs.traffic import step_seconds
 from distill_jax.loading import hub_config
@@ -99,7 +99,8 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
     again = sum(bytes_of.policy_of(p.remat).again * rows * t * configs[name].flops_per_token(t, head=False)
                 for name, p in stage.models.items() if p.trainable for t in runs[name])
     memory = bytes_of.stage_memory(
-        stage, configs, runs, sizes, platform=device.platform, signals=4 * sum(_signal_bytes(s) for s in source.signals),
+        stage, configs, runs, sizes, platform=device.platform,
+        signals=4 * sum(_signal_bytes(s) for s in source.signals),
         optimiser={n: optimiser_bytes(p.optim or stage.optim, configs[n]) for n, p in stage.models.items()
                    if p.trainable})
     projectors = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
@@ -114,7 +115,7 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         params={n: c.num_params for n, c in configs.items()} | projectors, devices=devices,
         seconds=stage.steps * (compute + waiting), waiting=waiting / (compute + waiting),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
-        notes=_notes(configs, runs, stage.on_policy is not None))
+        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes))
 
 
 def optimiser_bytes(spec: Any, c: ModelConfig) -> float:
@@ -187,6 +188,12 @@ def _notes(configs: Mapping[str, ModelConfig], runs: Mapping[str, list[int]], sa
     return tuple(out)
 
 
+def _unsharded(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(f"{n}: mesh.fsdp={sizes['fsdp']} does not divide the hidden size {c.hidden_size}, so every "
+                 f"device holds all parameters; use mesh.fsdp={math.gcd(sizes['fsdp'], c.hidden_size)} and more mesh.data"
+                 for n, c in configs.items() if c.hidden_size % sizes["fsdp"])
+
+
 def plan_recipe(recipe: Recipe, device: Device, devices: int) -> list[StagePlan]:
     """Plans of all training stages. Raises ValueError where a context does not fit its model."""
     plans = [plan_stage(recipe, s, device, devices) for s in recipe.stages if isinstance(s, Stage)]
@@ -201,21 +208,6 @@ def fits(plan: StagePlan, device: Device) -> bool:
     return plan.total_memory < 0.92 * device.memory
 
 
-def refuse(recipe: Recipe, plans: list[StagePlan], target: Target) -> None:
-    """Raises ValueError, with the smallest change that fits, for the first stage that does not."""
-    from distill_jax.jobs.changes import smallest_change
-
-    for p in plans:
-        if fits(p, target.device):
-            continue
-        change = smallest_change(recipe, p.name, target.device, target.count)
-        how = "nothing that plan can change makes it fit; use a smaller model or more memory" if change is None else (
-            f"smallest change that fits: {change.text(target.name, target.count)} "
-            f"({change.plan.total_memory / 1e9:.3g} GB, {change.plan.seconds / p.seconds:.2g}x the time)")
-        raise ValueError(f"does not fit {target.text} ({target.device.memory / 1e9:.0f} GB a device): stage {p.name} "
-                         f"needs {p.total_memory / 1e9:.3g} GB; {how}")
-
-
 def as_numbers(plan: StagePlan, price: float | None = None) -> dict[str, Any]:
     """What `--json` prints."""
     return dataclasses.asdict(plan) | {
@@ -223,7 +215,8 @@ def as_numbers(plan: StagePlan, price: float | None = None) -> dict[str, Any]:
         "money": None if price is None else plan.money(price)}
 
 
-def table(plans: list[StagePlan], device: Device, name: str, devices: int, price: float | None = None) -> Any:
+def table(plans: list[StagePlan], device: Device, name: str, devices: int,
+          price: float | None = None) -> Any:
     """Rich table of the plans."""
     from rich.table import Table
 

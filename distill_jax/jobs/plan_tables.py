@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from distill_jax.jobs.changes import _known_policies
+from distill_jax.jobs.changes import known_policies
 from distill_jax.jobs.compiled import Compiled, compile_step
 from distill_jax.jobs.hardware import Device, Target
 from distill_jax.jobs.plan import StagePlan, fits, model_config, plan_stage, si
@@ -18,7 +18,7 @@ def stage_of(recipe: Recipe, name: str) -> Stage:
 def remat_rows(recipe: Recipe, name: str, device: Device, devices: int) -> list[tuple[str, StagePlan]]:
     """(policy, plan of the stage with it for all its trained models), from most memory to most recomputation."""
     rows = []
-    for policy in _known_policies():
+    for policy in known_policies():
         changed = recipe
         for provider, p in stage_of(recipe, name).models.items():
             if p.trainable:
@@ -58,6 +58,7 @@ def compiled_table(results: list[tuple[StagePlan, Compiled]], target: Target) ->
             t.add_row(p.name, part, si(p.memory[part]) + "B", si(c.hbm[part]) + "B")
         rest = sum(p.memory[k] for k in ("gradients", "activations", "loss"))
         t.add_row(p.name, "temporary", si(rest) + "B", si(c.temporary) + "B")
-        t.add_row(p.name, "memory: total", si(p.total_memory) + "B", f"{si(c.peak)}B ({p.total_memory / c.peak - 1:+.0%})")
+        t.add_row(p.name, "memory: total", si(p.total_memory) + "B",
+                  f"{si(c.peak)}B ({p.total_memory / c.peak - 1:+.0%})")
         t.add_row(p.name, f"sent a step, {len(c.collectives)} collectives", "", si(c.sent) + "B")
     return t

@@ -22,7 +22,8 @@ def step_seconds(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping
     beside, between = 0.0, 0.0
     for name, provider in stage.models.items():
         sent = step_bytes(configs[name], trainable=provider.trainable, sizes=sizes, runs=runs[name], stage=stage,
-                          item=2 if provider.precision == "bfloat16" else 4, again=policy_of(provider.remat).again > 0.5)
+                          again=policy_of(provider.remat).again > 0.5,
+                          item=2 if provider.precision == "bfloat16" else 4)
         seconds = {axis: n / bandwidth(device, sizes, axis) for axis, n in sent.items()}
         beside += seconds["fsdp"] + seconds["data"] + seconds["expert"]
         between += seconds["tensor"] + seconds["context"]
