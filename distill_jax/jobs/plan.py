@@ -220,7 +220,8 @@ def table(plans: list[StagePlan], device: Device, name: str, devices: int,
     """Rich table of the plans."""
     from rich.table import Table
 
-    t = Table(title=f"{devices} x {name.split(':')[0]} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.3g} TFLOP/s peak, "
+    kind = name.split(":")[0]
+    t = Table(title=f"{devices} x {kind} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.3g} TFLOP/s peak, "
               f"{device.mfu:.0%} MFU assumed)")
     for column in ("", *(p.name for p in plans)):
         t.add_column(column, justify="left" if not column else "right")

@@ -43,7 +43,7 @@ def test_forms_of_collectives_in_the_text_of_accelerators():
     text = """HloModule m
 
 ENTRY %main (p: f32[4]) -> f32[4] {
-  %ag = ((bf16[4,8], bf16[2,8]), (bf16[32,8], bf16[16,8])) all-gather-start(%a, %b), replica_groups=mesh['a'=8,'b'=2] {'a'}
+  %g = ((bf16[4,8], bf16[2,8]), (bf16[32,8], bf16[16,8])) all-gather-start(%a, %b), replica_groups=mesh['a'=8] {'a'}
   %rs = f32[2,8]{1,0} reduce-scatter(%c), replica_groups=[2,4]<=[8], dimensions={0}
   %ar = f32[10]{0} all-reduce(%d), replica_groups={{0,1},{2,3}}, to_apply=%add
 }
