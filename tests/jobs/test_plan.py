@@ -104,3 +104,9 @@ def test_time_waits_for_the_slower_of_computation_and_links():
     assert one.waiting < 0.05 < slow.waiting and slow.seconds > one.seconds
     assert one.money(2.0) == pytest.approx(2.0 * 8 * one.seconds / 3600)
     assert one.tokens_per_second == pytest.approx(32 * 4096 * one.steps / one.seconds)
+
+
+def test_bench_knows_its_benchmarks():
+    wrong = CliRunner().invoke(build_app(), ["bench", "nothing"])
+    assert wrong.exit_code != 0 and "there are loss, store" in str(wrong.exception)
+    assert CliRunner().invoke(build_app(), ["bench", "planner", "--", "--help"]).exit_code == 0
