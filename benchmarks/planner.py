@@ -106,9 +106,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """Markdown of all cases that were compiled."""
     lines = ["# The planner's memory against the compiler's", "",
              "Whole training steps (AdamW, float32 masters, bfloat16 compute, top-64 KD or cross-entropy, V = 152k), "
-             "compiled for the target, without a device, by `python -m benchmarks.planner`. GB of one device at the peak. "
-             "Nothing ran: tokens/s are modelled (FLOPs at an assumed MFU, links at their published speed). Sent: by one "
-             "device in one step, from the HLO.", "",
+             "compiled for the target, without a device, by `python -m benchmarks.planner`. GB of one device, peak. "
+             "Nothing ran: tokens/s are modelled (FLOPs at an assumed MFU, links at their published speed). Sent: by "
+             "one device in one step, from the HLO.", "",
              "| step | planner | compiler | | of it temporary | sent | tokens/s, modelled |",
              "|---|---|---|---|---|---|---|"]
     errors = []

@@ -20,5 +20,6 @@ def bench(
         raise ValueError(f"no benchmark {name!r}; there are {', '.join(NAMES)}")
     sys.path.insert(0, "")
     if importlib.util.find_spec("benchmarks") is None:
-        raise ValueError("the benchmarks are not part of the installed package; run this in a checkout of the repository")
-    raise SystemExit(subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *(args or [])], check=False).returncode)
+        raise ValueError("the installed package has no benchmarks; run this in a checkout of the repository")
+    command = [sys.executable, "-m", f"benchmarks.{name}", *(args or [])]
+    raise SystemExit(subprocess.run(command, check=False).returncode)

@@ -67,7 +67,7 @@ def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping
     signals    bytes of a token's teacher signals
     """
     cut = Cut.of(stage, sizes, platform)
-    always = dict.fromkeys(PARTS, 0.0)
+    always: dict[str, float] = {part: 0.0 for part in PARTS}  # noqa: C420
     in_loss, in_layer = dict(always), dict(always)
     for name, provider in stage.models.items():
         one = _Model.of(configs[name], provider, runs[name], cut)

@@ -190,7 +190,8 @@ def _notes(configs: Mapping[str, ModelConfig], runs: Mapping[str, list[int]], sa
 
 def _unsharded(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(f"{n}: mesh.fsdp={sizes['fsdp']} does not divide the hidden size {c.hidden_size}, so "
-                 f"every device holds all parameters; use mesh.fsdp={math.gcd(sizes['fsdp'], c.hidden_size)} and more mesh.data"
+                 f"every device holds all parameters; use "
+                 f"mesh.fsdp={math.gcd(sizes['fsdp'], c.hidden_size)} and more mesh.data"
                  for n, c in configs.items() if c.hidden_size % sizes["fsdp"])
 
 
