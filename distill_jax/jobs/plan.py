@@ -1,9 +1,11 @@
 """What a recipe will need before it is launched: bytes, memory per device by category, FLOPs and time.
 
-Formulas, not measurements: parameters, optimiser and gradients are exact; activations and temporaries are what the
-step keeps by its remat policy, counted from the shapes (the compiler may do better or worse by some tens of percent).
+Formulas, not measurements. Parameters and the optimiser's state are exact; the rest of the memory is `jobs.memory`,
+within a tenth of what the compiler says (`benchmarks/results/planner.md`). Time: FLOPs at an assumed share of the peak
+(`Device.mfu`), or what the layout sends where that takes longer (`jobs.traffic`). `jobs.compiled` asks the compiler.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -16,14 +18,14 @@ import jax
 from distill_jax.core import tree
 from distill_jax.data.source_specs import stores
 from distill_jax.data.views import Derived
+from distill_jax.jobs import memory as bytes_of
 from distill_jax.jobs.hardware import Device
 from distill_jax.jobs.projectors import open_projector
+from distill_jax.jobs.traffic import step_seconds
 from distill_jax.loading import hub_config
 from distill_jax.models import families, hf
 from distill_jax.models.config import ModelConfig
-from distill_jax.models.remat import REMAT
 from distill_jax.models.transformer import Transformer
-from distill_jax.objective.memory import lift_bytes
 from distill_jax.objective.term import build_objective
 from distill_jax.recipe import AnyProjector, Recipe, Stage, Student, resolve
 from distill_jax.train.sources import needed_states, provider_of
@@ -33,7 +35,8 @@ SIGNAL_BYTES = {"token": 1.0}  # per token; topk: see `_signal_bytes`
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Of one training stage. Bytes are per device, FLOPs per update step over all devices."""
+    """Of one training stage. Bytes are per device, FLOPs per update step over all devices (recomputation not counted).
+    waiting: share of the time in which devices wait for what they are sent."""
 
     name: str
     tokens_per_step: int
@@ -44,11 +47,22 @@ class StagePlan:
     seconds: float
     context: tuple[int, int]
     store_bytes: float | None = None
+    devices: int = 1
+    waiting: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
     @property
     def total_memory(self) -> float:
         return sum(self.memory.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together, packed rows counted whole."""
+        return self.tokens_per_step * self.steps / self.seconds
+
+    def money(self, price: float) -> float:
+        """price: of one device for an hour."""
+        return price * self.devices * self.seconds / 3600
 
 
 def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
@@ -72,55 +86,47 @@ def model_config(recipe: Recipe, provider: Student) -> ModelConfig:
                      "a model that is there, or run the stage it comes from")
 
 
-PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
-"""What device memory goes to, in the order it is printed."""
-
-
 def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> StagePlan:
     """Memory, FLOPs and time of a training stage on `devices` devices of one kind."""
     configs = {name: model_config(recipe, p) for name, p in stage.models.items()}
     source = stage.source
     rows, length = source.rows, source.seq_len
-    tokens = rows * length
-    shards, row_shards, expert = _mesh_factors(recipe, devices)
+    sizes = mesh_sizes(recipe, devices)
+    _divides(stage, sizes)
     lengths = {"main": length} | {n: v.seq_len or length for n, v in stage.retokenised.items()}
     runs = _runs(stage, configs, lengths)
-    flops = 0.0
-    memory: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for name, provider in stage.models.items():
-        c = configs[name]
-        n = c.params_per_device(shards, expert)
-        compute = 2 if provider.precision == "bfloat16" else 4
-        trained = trained_shapes(c, provider)
-        passes = 1 if trained is None else 2 if provider.lora else 3
-        flops += sum(passes * rows * t * c.flops_per_token(t) for t in runs[name])
-        memory["parameters"] += n * (4 if provider.trainable and provider.lora is None else compute)
-        if trained is not None:
-            k = tree.count(trained) / shards  # all of them, or the adapters
-            memory["parameters"] += 4 * k if provider.lora else 0
-            memory["optimiser"] += (provider.optim or stage.optim).state_bytes(trained) / shards
-            memory["gradients"] += 4 * k + (compute * k if compute == 2 else 0)
-        local = rows * max(runs[name]) / row_shards / stage.micro_batches
-        kept = _activation_bytes(c, provider, compute, expert)
-        memory["activations"] += sum(runs[name]) / max(runs[name]) * local * kept
-        memory["loss"] += lift_bytes(tokens=int(local), vocab=c.vocab_size, width=c.hidden_size, itemsize=compute,
-                                     trainable=provider.trainable)
-        if provider.lora:  # no gradient of the head
-            memory["loss"] -= 4 * c.vocab_size * c.hidden_size
-    sizes = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
-    for n in sizes.values():  # whole on every device, in float32
+    trained = {n: shapes for n, p in stage.models.items() if (shapes := trained_shapes(configs[n], p)) is not None}
+    passes = {n: 1 if not p.trainable else 2 if p.lora else 3 for n, p in stage.models.items()}
+    flops = sum(n * rows * t * configs[name].flops_per_token(t) for name, n in passes.items() for t in runs[name])
+    again = sum(bytes_of.policy_of(p.remat).again * rows * t * configs[name].flops_per_token(t, head=False)
+                for name, p in stage.models.items() if p.trainable for t in runs[name])
+    memory = bytes_of.stage_memory(
+        stage, configs, runs, sizes, platform=device.platform,
+        signals=4 * sum(_signal_bytes(s) for s in source.signals),
+        trained={n: (tree.count(shapes), (stage.models[n].optim or stage.optim).state_bytes(shapes))
+                 for n, shapes in trained.items()})
+    projectors = {name: _projector_params(p, configs) for name, p in stage.projectors.items()}
+    for n in projectors.values():  # whole on every device, in float32
         memory["parameters"] += 4 * n
         memory["optimiser"] += 8 * n
         memory["gradients"] += 4 * n
-    memory["batch"] = rows / row_shards * (7 * 4 * sum(lengths.values()) + 4 * length * sum(
-        _signal_bytes(s) for s in source.signals))
     student = next(configs[n] for n, p in stage.models.items() if p.trainable)
+    compute, waiting = step_seconds(stage, configs, runs, sizes, device, flops + again)
     return StagePlan(
-        name=stage.name, tokens_per_step=tokens, steps=stage.steps, memory=memory, flops=flops,
-        params={n: c.num_params for n, c in configs.items()} | sizes,
-        seconds=stage.steps * flops / (device.flops * device.mfu * devices),
+        name=stage.name, tokens_per_step=rows * length, steps=stage.steps, memory=memory, flops=flops,
+        params={n: c.num_params for n, c in configs.items()} | projectors, devices=devices,
+        seconds=stage.steps * (compute + waiting), waiting=waiting / (compute + waiting),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
-        notes=_notes(configs, runs, stage.on_policy is not None))
+        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes))
+
+
+def _divides(stage: Stage, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError where the batch cannot be cut as the mesh and micro_batches say."""
+    parts = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    if stage.source.rows % (parts * stage.micro_batches):
+        raise ValueError(f"stage {stage.name}: {stage.source.rows} rows cannot be cut into micro_batches="
+                         f"{stage.micro_batches} over the {parts} parts that mesh {dict(sizes)} cuts rows into; make "
+                         f"source.rows a multiple of {parts * stage.micro_batches}")
 
 
 def trained_shapes(c: ModelConfig, provider: Student) -> Any:
@@ -148,26 +154,15 @@ def _projector_params(spec: AnyProjector, configs: Mapping[str, ModelConfig]) ->
     return tree.count(jax.eval_shape(open_projector(spec, configs).init, jax.random.key(0)))
 
 
-def _mesh_factors(recipe: Recipe, devices: int) -> tuple[int, int, int]:
-    """(devices the parameters are split over, devices the rows are split over, those of the expert axis)."""
+def mesh_sizes(recipe: Recipe, devices: int) -> dict[str, int]:
+    """{axis: devices} with -1 filled in. Raises ValueError where the product is not `devices`."""
     sizes = recipe.mesh.sizes
     known = math.prod(max(v, 1) for v in sizes.values())
     sizes = {k: (max(1, devices // known) if v == -1 else v) for k, v in sizes.items()}
     product = math.prod(sizes.values())
     if product != devices:
         raise ValueError(f"mesh {sizes} has {product} devices, --on has {devices}; change mesh.* or the count")
-    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"] * sizes["expert"], sizes["expert"]
-
-
-def _activation_bytes(c: ModelConfig, provider: Student, compute: int, expert: int = 1) -> float:
-    """Kept per token for the backward pass: by remat policy, plus the working set of one layer. A mixture has a copy of
-    a token for each of its experts, and under expert parallelism buffers for the tokens of the whole axis."""
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    mlp = 3 * c.inner_size + (2 * c.moe.top_k * c.hidden_size if c.moe else 0)
-    layer = 4 * c.hidden_size + 2 * q + 2 * kv + mlp * (expert if c.moe else 1)
-    if not provider.trainable:
-        return layer * compute
-    return REMAT[provider.remat].kept(c, compute) + compute * layer
+    return sizes
 
 
 def _signal_bytes(name: str) -> float:
@@ -196,6 +191,13 @@ def _notes(configs: Mapping[str, ModelConfig], runs: Mapping[str, list[int]], sa
     return tuple(out)
 
 
+def _unsharded(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(f"{n}: mesh.fsdp={sizes['fsdp']} does not divide the hidden size {c.hidden_size}, so "
+                 f"every device holds all parameters; use "
+                 f"mesh.fsdp={math.gcd(sizes['fsdp'], c.hidden_size)} and more mesh.data"
+                 for n, c in configs.items() if c.hidden_size % sizes["fsdp"])
+
+
 def plan_recipe(recipe: Recipe, device: Device, devices: int) -> list[StagePlan]:
     """Plans of all training stages. Raises ValueError where a context does not fit its model."""
     plans = [plan_stage(recipe, s, device, devices) for s in recipe.stages if isinstance(s, Stage)]
@@ -210,25 +212,38 @@ def fits(plan: StagePlan, device: Device) -> bool:
     return plan.total_memory < 0.92 * device.memory
 
 
-def table(plans: list[StagePlan], device: Device, name: str, devices: int) -> Any:
+def as_numbers(plan: StagePlan, price: float | None = None) -> dict[str, Any]:
+    """What `--json` prints."""
+    return dataclasses.asdict(plan) | {
+        "total_memory": plan.total_memory, "tokens_per_second": plan.tokens_per_second,
+        "money": None if price is None else plan.money(price)}
+
+
+def table(plans: list[StagePlan], device: Device, name: str, devices: int,
+          price: float | None = None) -> Any:
     """Rich table of the plans."""
     from rich.table import Table
 
-    t = Table(title=f"{devices} x {name} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.3g} TFLOP/s peak, "
+    kind = name.split(":")[0]
+    t = Table(title=f"{devices} x {kind} ({device.memory / 2**30:.0f} GiB, {device.flops / 1e12:.3g} TFLOP/s peak, "
               f"{device.mfu:.0%} MFU assumed)")
     for column in ("", *(p.name for p in plans)):
         t.add_column(column, justify="left" if not column else "right")
     rows: list[tuple[str, list[str]]] = [
-        ("parameters", [", ".join(f"{k} {_si(v)}" for k, v in p.params.items()) for p in plans]),
-        ("tokens a step", [_si(p.tokens_per_step) for p in plans]),
+        ("parameters", [", ".join(f"{k} {si(v)}" for k, v in p.params.items()) for p in plans]),
+        ("tokens a step", [si(p.tokens_per_step) for p in plans]),
         ("context / model's", ["{} / {}".format(*p.context) for p in plans]),
-        ("FLOPs a step", [_si(p.flops) for p in plans]),
-        ("FLOPs in all", [_si(p.flops * p.steps) for p in plans]),
-        ("time", [_duration(p.seconds) for p in plans]),
-        ("store", ["not made yet" if p.store_bytes is None else _si(p.store_bytes) + "B" for p in plans]),
+        ("FLOPs a step", [si(p.flops) for p in plans]),
+        ("FLOPs in all", [si(p.flops * p.steps) for p in plans]),
+        ("tokens/s (modelled)", [si(p.tokens_per_second) for p in plans]),
+        ("time", [duration(p.seconds) for p in plans]),
+        ("of it waiting for others", [f"{p.waiting:.0%}" for p in plans]),
+        ("store", ["not made yet" if p.store_bytes is None else si(p.store_bytes) + "B" for p in plans]),
     ]
-    rows += [(f"memory: {k}", [_si(p.memory[k]) + "B" for p in plans]) for k in plans[0].memory]
-    rows.append(("memory: total", [_si(p.total_memory) + "B " + ("fits" if fits(p, device) else "DOES NOT FIT")
+    if price is not None:
+        rows.append((f"money at {price:g}/device-hour", [f"{p.money(price):,.2f}" for p in plans]))
+    rows += [(f"memory: {k}", [si(p.memory[k]) + "B" for p in plans]) for k in plans[0].memory]
+    rows.append(("memory: total", [si(p.total_memory) + "B " + ("fits" if fits(p, device) else "DOES NOT FIT")
                                    for p in plans]))
     for label, cells in rows:
         t.add_row(label, *cells)
@@ -236,14 +251,14 @@ def table(plans: list[StagePlan], device: Device, name: str, devices: int) -> An
     return t
 
 
-def _si(x: float) -> str:
+def si(x: float) -> str:
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if x >= size:
             return f"{x / size:.3g} {unit}"
     return f"{x:.3g} "
 
 
-def _duration(s: float) -> str:
+def duration(s: float) -> str:
     for unit, size, limit in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 2e5)):
         if s < limit:
             return f"{s / size:.3g} {unit}"

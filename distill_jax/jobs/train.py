@@ -101,8 +101,6 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     mesh = make_mesh(devices=None, **context.recipe.mesh.sizes)
     providers = {n: open_provider(p, context, mesh) for n, p in stage.models.items()}
     models = {n: p.model for n, p in providers.items()}
-    configs = {n: m.config for n, m in models.items()}
-    projectors = {n: open_projector(p, configs) for n, p in stage.projectors.items()}
     student = next(p for p in providers.values() if p.spec.trainable)
     where = resolved(stage.source, context)
     readings = readings_of(stage, {n: p.tokenizer for n, p in providers.items()})
@@ -112,7 +110,8 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
                          f"{student.model.config.context_length}; lower source.seq_len")
     for name, model in models.items():
         check_mesh(model.config, mesh, source.seq_len, name)
-    objective = build_objective(stage.terms, stage.steps)
+    config = step_config(stage, models, mesh)
+    objective, optimizers = config.objective, config.optimizers
     if missing := sorted(set(objective.signals) - set(source.signals)):
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
                          "source.signals after `distill-jax score`")
@@ -121,19 +120,13 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     trained = {n: p.params for n, p in providers.items() if p.spec.trainable}
     frozen = {n: p.params for n, p in providers.items() if not p.spec.trainable}
     frozen |= stored_heads(source, objective.signals, student, mesh)
-    flops = {n: Flops.of(c, trained=n in trained) for n, c in configs.items()}
     for n, p in providers.items():
         if (lora := p.spec.lora) is not None:  # no gradient of the frozen matrices: two passes
             frozen[BASE + n] = Base(params=p.params, scale=lora.scale)
             make = partial(lora.init, hf.param_shapes(p.model))
             trained[n] = _init(make, mesh, p.spec.init_seed + context.seed)
-            flops[n] = dataclasses.replace(flops[n], passes=2)
-    trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed) for n, p in projectors.items()}
-    specs = {n: stage.providers[n].optim or stage.optim for n in trained}
-    optimizers = {n: s.build(stage.steps) for n, s in specs.items()}
-    config = StepConfig(objective=objective, models=models, projectors=projectors, views=stage.made_views, mesh=mesh,
-                        optimizers=optimizers, micro_batches=stage.micro_batches, flops=flops,
-                        schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
+    trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed)
+                for n, p in config.projectors.items()}
     opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
     if isinstance(stage.on_policy, Reinforce):
         steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder,
@@ -163,8 +156,24 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     cost = spent(context.folder, stage.steps) if isinstance(stage.on_policy, Reinforce) else {
         "flops": total_flops(source, config, stage.steps)}
     result = {"steps": stage.steps, **cost, "skipped": int(fitted.state.skipped),
-              "params": {n: c.num_params for n, c in configs.items()}}
+              "params": {n: m.config.num_params for n, m in models.items()}}
     return result | ({"heldout": heldout.values} if stage.heldout else {})
+
+
+def step_config(stage: Stage, models: Mapping[str, Transformer], mesh: Mesh) -> StepConfig:
+    """What the step of a stage is compiled for: its terms, optimisers, projectors and views. No weights, no data."""
+    configs = {n: m.config for n, m in models.items()}
+    specs = {n: stage.providers[n].optim or stage.optim for n, p in stage.models.items() if p.trainable}
+    flops = {n: Flops.of(c, trained=n in specs) for n, c in configs.items()}
+    for n, p in stage.models.items():
+        if p.lora is not None:  # no gradient of the frozen matrices: two passes
+            flops[n] = dataclasses.replace(flops[n], passes=2)
+    specs |= {n: p.optim or stage.optim for n, p in stage.projectors.items()}
+    return StepConfig(
+        objective=build_objective(stage.terms, stage.steps), models=models, views=stage.made_views, mesh=mesh,
+        projectors={n: open_projector(p, configs) for n, p in stage.projectors.items()}, flops=flops,
+        micro_batches=stage.micro_batches, optimizers={n: s.build(stage.steps) for n, s in specs.items()},
+        schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
 
 
 def identity(stage: Stage) -> str:

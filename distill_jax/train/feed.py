@@ -70,7 +70,7 @@ def place(batch: Tree, mesh: Mesh, share: int = 0, shares: int = 1) -> Tree:
         if sharding.is_fully_addressable and shares == 1:
             return jax.device_put(x, sharding)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             low, high, _ = index[0].indices(shape[0])
             return x[(slice(low - first, high - first), *index[1:])]
 

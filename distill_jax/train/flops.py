@@ -59,7 +59,8 @@ class Flops:
         real = stream.segment_ids != 0
         total = lambda x: jnp.sum(jnp.where(real, x, 0).astype(jnp.float32))
         seen = stream.positions + 1
-        macs = self.matrices * total(jnp.ones_like(seen)) + self.head * jnp.sum(predicted.astype(jnp.float32))
+        macs = float(self.matrices) * total(jnp.ones_like(seen))  # an int beyond 2^31 (7B) is no operand of jax
+        macs += float(self.head) * jnp.sum(predicted.astype(jnp.float32))
         macs += 2.0 * self.full * total(seen)
         if self.sliding and self.window:
             macs += 2.0 * self.sliding * total(jnp.minimum(seen, self.window))

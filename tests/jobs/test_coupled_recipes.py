@@ -66,7 +66,7 @@ def test_two_updates_through_the_recipe(name, world, tmp_path):
     for provider in stage.projectors:
         params = latest_params(recipe.folder / "checkpoints", provider)
         assert all(np.isfinite(x).all() for x in map(np.asarray, _leaves(params)))
-    (plan,) = [plan_stage(recipe, stage, DEVICES["h200"], 8)]
+    (plan,) = [plan_stage(recipe, stage, DEVICES["h200"], 1)]
     assert set(stage.projectors) <= set(plan.params)
 
 

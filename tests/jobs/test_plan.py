@@ -1,23 +1,27 @@
 """`plan`: hand numbers for what is exact, and one line where something does not fit."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks import planner
+from benchmarks.shapes import step_recipe
 from configs.models.qwen3_30b_a3b import CONFIG as CONFIG_30B
 from distill_jax.cli.main import build_app
 from distill_jax.core.roles import ANSWER
 from distill_jax.data.source_specs import Store
+from distill_jax.jobs.changes import refuse
 from distill_jax.jobs.hardware import DEVICES, parse
 from distill_jax.jobs.plan import fits, plan_recipe
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.models.config import AttentionConfig, ModelConfig
 from distill_jax.objective.term import Term
 from distill_jax.recipe import MeshShape, Recipe, Stage, Student
-from distill_jax.recipe_file import load_recipe
+from distill_jax.recipe_file import load_recipe, override
 from distill_jax.train.optim import AdamW
 
 RECIPES = Path(__file__).parents[2] / "configs/recipes"
@@ -41,17 +45,17 @@ def test_exact_numbers(tmp_path):
     (tmp_path / "store" / "x").write_bytes(b"0" * 123)
     (p,) = plan_recipe(recipe(tmp_path / "store"), DEVICES["h200"], 1)
     assert p.params == {"student": PARAMS} and p.store_bytes == 123 and p.context == (32, 64)
-    assert (p.memory["parameters"], p.memory["optimiser"], p.memory["gradients"]) == (
-        4 * PARAMS, 8 * PARAMS, 4 * PARAMS)
+    assert (p.memory["parameters"], p.memory["optimiser"]) == (4 * PARAMS, 8 * PARAMS)
     assert p.tokens_per_step == 128 and p.flops == 3 * 128 * CONFIG.flops_per_token(32)
     assert p.seconds == pytest.approx(10 * p.flops / (989e12 * 0.45)) and fits(p, DEVICES["h200"])
     (halved,) = plan_recipe(recipe(mesh=MeshShape(data=1, fsdp=2), micro_batches=2), DEVICES["h200"], 2)
     assert halved.memory["optimiser"] == 4 * PARAMS and halved.store_bytes is None
-    assert halved.memory["activations"] == p.memory["activations"] / 4
+    assert halved.memory["activations"] < p.memory["activations"] and halved.memory["gradients"] > 4 * PARAMS
 
 
 @pytest.mark.parametrize("kwargs,devices,says", [
     ({"mesh": MeshShape(data=1, fsdp=3)}, 2, "has 3 devices, --on has 2"),
+    ({"mesh": MeshShape(fsdp=8)}, 8, "4 rows cannot be cut into micro_batches=1 over the 8 parts"),
     ({"seq_len": 65}, 1, "rows of 65 tokens exceed the model's context of 64"),
 ])
 def test_what_does_not_fit(kwargs, devices, says):
@@ -60,8 +64,9 @@ def test_what_does_not_fit(kwargs, devices, says):
 
 
 def test_devices():
-    assert parse("h200:8")[2] == 8 and parse("cpu")[2] == 1
-    for wrong in ("h999", "h200:x", "h200:0"):
+    assert parse("h200:8").count == 8 and parse("cpu").count == 1
+    assert (parse("v5p:8x8x16").count, parse("v5p:64").slice, parse("v6e:16").slice) == (1024, "4x4x4", "4x4")
+    for wrong in ("h999", "h200:x", "h200:0", "v6e:4x4x4", "v5p:12", "h200:2x4"):
         with pytest.raises(ValueError, match="--on"):
             parse(wrong)
 
@@ -72,7 +77,7 @@ def test_command(tmp_path, monkeypatch):
     done = run("--on", "rtx4090", "--json")
     assert done.exit_code == 0 and json.loads(done.output)[0]["params"] == {"student": PARAMS}
     assert "fits" in run("--on", "h200:1").output
-    monkeypatch.setitem(DEVICES, "cpu", DEVICES["cpu"].__class__(flops=1e9, memory=1e3))
+    monkeypatch.setitem(DEVICES, "cpu", replace(DEVICES["cpu"], memory=1e3))
     failed = run()
     assert failed.exit_code != 0 and "does not fit cpu" in str(failed.exception)
 
@@ -91,3 +96,35 @@ def test_a_mixture_on_the_expert_axis():
     assert plans[0].flops == 3 * tokens * CONFIG_30B.flops_per_token(4096)
     assert 6 * 3.0e9 * tokens < plans[0].flops < 6 * 4.2e9 * tokens  # 3.35B active, and attention to 4,096 tokens
     assert fits(plans[0], DEVICES["h200"])
+def test_planner_is_within_a_tenth_of_the_compiler():
+    """The formulas as they are now, against what the compilers of H200, v5p and v6e said of whole steps."""
+    found = json.loads(planner.RESULTS.read_text())
+    errors = {c.key: planner.error(c, found[c.key]) for c in planner.CASES if c.key in found
+              and not any("does not divide" in n for n in planner.planned(c).notes)}
+    assert len(errors) >= 16 and {k.split()[0].split(":")[0] for k in errors} == {"h200", "v5p", "v6e"}
+    assert all(abs(e) < 0.1 for e in errors.values()), errors
+
+
+def test_smallest_change_fits_and_is_one_line():
+    r = step_recipe("1.5B", rows=32, remat="none")
+    target = parse("h200")
+    with pytest.raises(ValueError, match=r"needs \d+ GB; smallest change that fits: --set \S+ \(") as e:
+        refuse(r, plan_recipe(r, target.device, 1), target)
+    change = re.search(r"--set (\S+)", str(e.value)).group(1)
+    assert fits(plan_recipe(override(r, change), target.device, 1)[0], target.device) and "\n" not in str(e.value)
+
+
+def test_time_waits_for_the_slower_of_computation_and_links():
+    device = DEVICES["h200"]
+    r = step_recipe("7B", rows=32, remat="full")
+    one = plan_recipe(r, device, 8)[0]
+    slow = plan_recipe(r, replace(device, link=1e9), 8)[0]
+    assert one.waiting < 0.05 < slow.waiting and slow.seconds > one.seconds
+    assert one.money(2.0) == pytest.approx(2.0 * 8 * one.seconds / 3600)
+    assert one.tokens_per_second == pytest.approx(32 * 4096 * one.steps / one.seconds)
+
+
+def test_bench_knows_its_benchmarks():
+    wrong = CliRunner().invoke(build_app(), ["bench", "nothing"])
+    assert wrong.exit_code != 0 and "there are loss, store" in str(wrong.exception)
+    assert CliRunner().invoke(build_app(), ["bench", "planner", "--", "--help"]).exit_code == 0

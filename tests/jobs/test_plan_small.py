@@ -23,7 +23,7 @@ def planned(tmp_path, config, *sets):
 
 
 @pytest.mark.parametrize(("sets", "fit"), [
-    ((), True), ((*WHOLE, "optim.state=int8"), True),
+    ((), True), ((*WHOLE, "optim.state=int8", "source.rows=1", "micro_batches=1"), True),
     ((*WHOLE, "optim={type: 'distill_jax.train.optim:Adafactor'}"), True), (WHOLE, False)])
 def test_a_student_of_1_5b_in_24_gb(tmp_path, sets, fit):
     p = planned(tmp_path, QWEN, *sets)
@@ -35,5 +35,6 @@ def test_adapters_by_hand(tmp_path):
     p = planned(tmp_path, to_hf(CONFIG), "student.lora={rank: 2, targets: [q, down]}", "source.seq_len=64")
     adapters = 2 * 2 * (16 + 24)
     assert p.memory["parameters"] == 2 * PARAMS + 4 * adapters
-    assert p.memory["optimiser"] == 8 * adapters and p.memory["gradients"] == 6 * adapters
+    assert p.memory["optimiser"] == 8 * adapters
+    assert p.memory["gradients"] == 8 * adapters  # of a micro-batch, and their sum
     assert p.flops == 2 * 16 * 64 * CONFIG.flops_per_token(64)

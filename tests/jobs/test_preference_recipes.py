@@ -79,7 +79,7 @@ def test_two_updates_through_the_recipe(name, world, tmp_path):
     assert done["skipped"] == 0
     if name == "dpo":
         assert {"dpo", "cross_entropy", "chosen_logprob", "rejected_logprob"} <= set(done["heldout"])
-    plan = plan_stage(recipe, stage, DEVICES["h200"], 8)
+    plan = plan_stage(recipe, stage, DEVICES["h200"], 1)
     assert plan.flops > 0 and set(plan.params) == set(stage.providers)
 
 

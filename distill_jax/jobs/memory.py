@@ -1,0 +1,192 @@
+"""Device memory of a training step by formula: what is there at the step's peak, in bytes of one device.
+
+What XLA was seen to keep (`benchmarks/planner.py` holds the formulas against the compiler): a step peaks either
+in the loss, with its logits and the head's gradient, or in the backward pass of one layer, with all gradients and that
+layer's working set. The larger of the two counts. Legend: D hidden size, F inner size of the MLP, Q and K widths of all
+query and of all key heads, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from distill_jax.models.config import ModelConfig
+from distill_jax.objective.memory import lift_bytes
+from distill_jax.recipe import Stage, Student
+
+PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
+"""What device memory goes to, in the order it is printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Sizes of one layer on one device: tensor parallelism cuts what belongs to heads and the MLP's inner dimension.
+    A mixture has the inner sizes of all experts of a token, and its copies for them."""
+
+    d: float
+    q: float
+    k: float
+    f: float
+
+    @classmethod
+    def of(cls, c: ModelConfig, tensor: int) -> "Widths":
+        return cls(d=c.hidden_size, q=c.num_heads * c.head_dim / tensor,
+                   f=(c.inner_size + (2 * c.moe.top_k * c.hidden_size / 3 if c.moe else 0)) / tensor,
+                   k=c.num_kv_heads * c.head_dim / (tensor if c.num_kv_heads % tensor == 0 else 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Of a remat policy, numbers a token. kept: of each layer until its backward pass; wide: of those, in float32
+    whatever the compute dtype; working: of the one layer whose backward pass runs; again: share of the forward pass
+    that runs a second time."""
+
+    kept: Callable[[Widths], float]
+    working: Callable[[Widths], float]
+    wide: Callable[[Widths], float] = lambda w: 0.0
+    again: float = 0.0
+
+
+REMAT: dict[str, Kept] = {
+    "none": Kept(kept=lambda w: 6 * w.f + 3 * w.d + 2 * w.q + 2 * w.k, wide=lambda w: 6 * w.d,
+                 working=lambda w: 5 * w.f + 12 * w.d),
+    "dots": Kept(kept=lambda w: 2 * w.f + 2 * w.d + w.q + 2 * w.k, working=lambda w: 2 * w.f + 11 * w.d, again=0.1),
+    "qkv_attention": Kept(kept=lambda w: w.d + 2 * w.q + 2 * w.k, working=lambda w: 4 * w.f + 10 * w.d, again=0.85),
+    "full": Kept(kept=lambda w: w.d, working=lambda w: 4 * w.f + 10 * w.d, again=1.0),
+}
+"""From most memory to most time. `none` keeps six inner widths (gate, up, the activation's parts and products) and the
+norms' float32 parts; `dots` the results of the projections; `full` the layer's input."""
+
+
+def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping[str, Sequence[int]],
+                 sizes: Mapping[str, int], *, trained: Mapping[str, tuple[int, float]], signals: float,
+                 platform: str = "cuda") -> dict[str, float]:
+    """{part: bytes} at the step's peak.
+
+    runs       {model: tokens of a row in each view it is run on}
+    sizes      {mesh axis: devices}
+    trained    {provider: (numbers it trains, its parameters or its adapters; bytes of their optimiser's state)}
+    signals    bytes of a token's teacher signals
+    """
+    cut = Cut.of(stage, sizes, platform)
+    always: dict[str, float] = {part: 0.0 for part in PARTS}  # noqa: C420
+    in_loss, in_layer = dict(always), dict(always)
+    for name, provider in stage.models.items():
+        count, state = trained.get(name, (0, 0.0))
+        one = _Model.of(configs[name], provider, runs[name], cut, count)
+        always["parameters"] += one.parameters
+        always["optimiser"] += state * one.trained / count if count else 0.0
+        for phase, parts in ((in_loss, one.in_loss(cut)), (in_layer, one.in_layer(cut))):
+            for part, size in parts.items():
+                phase[part] += size
+    lengths = stage.source.seq_len + sum(v.seq_len or stage.source.seq_len for v in stage.retokenised.values())
+    always["batch"] = stage.source.rows / cut.rows * (7 * 4 * lengths + signals * stage.source.seq_len)
+    peak = max((in_loss, in_layer), key=lambda p: sum(p.values()))
+    return {part: always[part] + peak[part] for part in PARTS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a step is cut up. rows: parts of the batch's rows; platform: as `hardware.Device` says."""
+
+    rows: int
+    expert: int
+    context: int
+    tensor: int
+    fsdp: int
+    micro_batches: int
+    batch: int
+    platform: str
+
+    @classmethod
+    def of(cls, stage: Stage, sizes: Mapping[str, int], platform: str) -> "Cut":
+        return cls(rows=sizes["data"] * sizes["fsdp"] * sizes["expert"], context=sizes["context"], platform=platform,
+                   expert=sizes["expert"],
+                   tensor=sizes["tensor"], fsdp=sizes["fsdp"], micro_batches=stage.micro_batches,
+                   batch=stage.source.rows)
+
+    def tokens(self, length: int) -> float:
+        """Tokens of a micro-batch on one device."""
+        return self.batch * length / self.rows / self.context / self.micro_batches
+
+    def parts(self, c: ModelConfig) -> int:
+        """Parts that fsdp cuts the parameters into: 1 where it does not divide the hidden size (`sharding.rules`)."""
+        return self.fsdp if c.hidden_size % self.fsdp == 0 else 1
+
+    @property
+    def devices(self) -> int:
+        return self.rows * self.context * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    config: ModelConfig
+    provider: Student
+    item: int  # bytes of the compute dtype
+    tokens: float  # of all views it is run on
+    longest: float  # of the longest of them
+    count: float  # parameters here
+    trained: float  # numbers here that have gradients
+
+    @classmethod
+    def of(cls, c: ModelConfig, provider: Student, views: Sequence[int], cut: Cut, trained: int) -> "_Model":
+        count = c.params_per_device(cut.parts(c) * cut.tensor, cut.expert)
+        return cls(config=c, provider=provider, item=2 if provider.precision == "bfloat16" else 4,
+                   tokens=sum(map(cut.tokens, views)), longest=cut.tokens(max(views)),
+                   count=count, trained=trained / (cut.parts(c) * cut.tensor) if provider.lora else
+                   count * provider.trainable)
+
+    @property
+    def parameters(self) -> float:
+        if self.provider.lora:  # the base stays as it is, beside its adapters
+            return self.count * self.item + 4 * self.trained
+        return self.count * (4 if self.provider.trainable else self.item)
+
+    def in_loss(self, cut: Cut) -> dict[str, float]:
+        """While the loss runs."""
+        c, tpu = self.config, cut.platform == "tpu"
+        head = float(prod((c.vocab_size, c.hidden_size)))
+        loss = float(lift_bytes(tokens=int(self.longest), vocab=c.vocab_size, width=c.hidden_size, itemsize=self.item,
+                                trainable=self.provider.trainable, copies=2 if tpu else 1))
+        if self.provider.lora:
+            loss -= 4 * head  # no gradient of the head
+        elif cut.devices > 1 and self.provider.trainable:  # the head's gradient once more, for sending it; on GPUs the
+            more = 4 * head  # logits are gone by then; on TPUs a chunk's share of it has a place of its own too
+            loss = loss + 2 * more if tpu else max(loss, 2 * more + self.longest * c.hidden_size * self.item)
+        grads = 4 * self.trained * ((cut.micro_batches > 1) + tpu)
+        return {"activations": self._kept(cut), "loss": loss, "gradients": grads}
+
+    def in_layer(self, cut: Cut) -> dict[str, float]:
+        """While the backward pass of a layer runs; of a frozen model, its forward pass."""
+        w = Widths.of(self.config, cut.tensor)
+        if not self.provider.trainable:
+            return {"activations": self.longest * self.item * (4 * w.d + 2 * w.q + 2 * w.k + 3 * w.f)}
+        policy = policy_of(self.provider.remat)
+        working = self.item * self.longest * (policy.working(w) + self._scores(cut))
+        layer = w.d * (2 * w.q + 2 * w.k + 3 * w.f)
+        grads = 4 * self.trained * (2 if cut.micro_batches > 1 else 1)
+        if cut.parts(self.config) > 1:  # the layer put together, and its gradient before it is cut
+            grads += 2 * self.item * layer
+            if cut.platform != "tpu":  # kernels whose cut dimension is not the first are turned round once for sending
+                grads += 4 * self.config.num_layers * w.d * (w.q + 2 * w.k + 2 * w.f) / cut.parts(self.config)
+        return {"activations": self._kept(cut) + working, "gradients": grads}
+
+    def _scores(self, cut: Cut) -> float:
+        """Short rows are attended to all at once: their scores, in numbers a token."""
+        length = self.longest / max(1.0, cut.batch / cut.rows / cut.micro_batches)
+        return 4.0 * self.config.num_heads / cut.tensor * length if length <= 1024 else 0.0
+
+    def _kept(self, cut: Cut) -> float:
+        if not self.provider.trainable:
+            return 0.0
+        w, policy = Widths.of(self.config, cut.tensor), policy_of(self.provider.remat)
+        scores = self._scores(cut) if self.provider.remat == "none" else 0.0
+        return self.config.num_layers * self.tokens * (self.item * (policy.kept(w) + scores) + 4 * policy.wide(w))
+
+
+def policy_of(name: str) -> Kept:
+    """Raises ValueError for a remat policy that has no formula."""
+    if name not in REMAT:
+        raise ValueError(f"no memory formula for remat {name!r}; add one to jobs.memory.REMAT, known: "
+                         f"{', '.join(REMAT)}")
+    return REMAT[name]
