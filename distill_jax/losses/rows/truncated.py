@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 from distill_jax.core.head import NEG
 from distill_jax.losses.rows.outcomes import kept_and_tail, log_normalizer
+from distill_jax.losses.rows.vocabulary import reads
 from distill_jax.losses.targets import Target, TopKTarget
 
 Array = Any
 
 
+@reads(TopKTarget)
 def truncated_kl(logits: Array, target: Target) -> Array:
     """KL(t || q), t = p / sum of the kept p over the K kept ids, q student. logits float32 [N,V] -> float32 [N].
 
