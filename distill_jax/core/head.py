@@ -63,7 +63,7 @@ class Head:
             out = self.soft_cap * jnp.tanh(out / self.soft_cap)
         if self.real is not None and not (isinstance(first, int) and first + self.vocab <= self.real):
             # An addition, not a selection: finite logits vanish in it all the same, and its gradient is free.
-            exists = first + jnp.arange(self.vocab) < self.real
+            exists = first + jnp.arange(self.vocab, dtype=jnp.int32) < self.real
             out = out + jnp.where(exists, 0.0, NEG).astype(out.dtype)[None, :]
         return out
 

@@ -115,7 +115,7 @@ class Blocks:
             return higher, mass * jnp.exp(top - higher) + rest, found
 
         none = jnp.full(ids.shape[:1], NEG, dtype), jnp.zeros(ids.shape[:1], dtype), jnp.full(ids.shape, NEG, dtype)
-        top, mass, found = jax.lax.fori_loop(0, count, turn, none)
+        top, mass, found = jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), turn, none)
         if self.part:
             highest = greatest(top, self.part)
             top, mass = highest, summed(mass * jnp.exp(top - highest), self.part)
@@ -148,7 +148,7 @@ class Blocks:
                          add(carry.bias, part.bias))
 
         none = jnp.zeros(hidden.shape, wide(hidden)) if wanted.hidden else None
-        out = jax.lax.fori_loop(0, count, turn, so_far._replace(hidden=none))
+        out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(count), turn, so_far._replace(hidden=none))
         return out._replace(hidden=summed(out.hidden, self.part) if wanted.hidden else None)
 
 
@@ -162,7 +162,7 @@ def _apart(slots: Array, block: _Block, size: int) -> Array:
     """bool [n,b]: named by a target, or had its turn."""
     named = jnp.zeros((slots.shape[0], size), bool).at[jnp.arange(slots.shape[0])[:, None], slots].set(
         True, mode="drop")
-    return named | (jnp.arange(size) < block.fresh)[None, :]
+    return named | (jnp.arange(size, dtype=slots.dtype) < block.fresh)[None, :]
 
 
 def _columns(targets: list[str], fields: Fields, vocab: int) -> _Columns:

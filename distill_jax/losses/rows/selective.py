@@ -25,7 +25,7 @@ def uncertain(logits: Array, target: Target | None = None, *, threshold: Array) 
 
     Carries no gradient. As a term of weight 0 it measures the share of tokens that a `Selective` loss takes.
     """
-    above = jax.lax.stop_gradient(entropy(logits)) > threshold
+    above = jax.lax.stop_gradient(entropy(logits)) > jnp.asarray(threshold, logits.dtype)
     return jnp.where(above, jnp.ones((), logits.dtype), jnp.zeros((), logits.dtype))
 
 
