@@ -106,7 +106,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     if source.seq_len > student.model.config.context_length:
         raise ValueError(f"rows of {source.seq_len} tokens do not fit the student's context of "
                          f"{student.model.config.context_length}; lower source.seq_len")
-    objective = build_objective(stage.terms, stage.steps)
+    objective = build_objective(stage.terms, stage.steps, stage.loss_loop)
     if missing := sorted(set(objective.signals) - set(source.signals)):
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
                          "source.signals after `distill-jax score`")
@@ -209,7 +209,8 @@ class Heldout:
         self.source = source
         self.batches = -(-stage.heldout // self.source.rows)
         self.frozen, self.mesh = frozen, config.mesh
-        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)}, stage.steps)
+        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)}, stage.steps,
+                                    stage.loss_loop)
         self.controllers = tuple(objective.init())
         self.values: dict[str, float] = {}
         self._sums = make_evaluation(dataclasses.replace(config, objective=objective))

@@ -21,9 +21,10 @@ from distill_jax.core.batch import HiddenStates, Signal
 from distill_jax.core.head import Head
 from distill_jax.losses.rows.logprob import entropy, log_prob
 from distill_jax.losses.tokens.inputs import Tokens
-from distill_jax.objective.chunks import Fields, Grads, Result, RowTerm, Wanted, run
+from distill_jax.objective.chunks import run
 from distill_jax.objective.memory import CHUNK, Loop
 from distill_jax.objective.reduce import RoleSums, by_role
+from distill_jax.objective.rows import Fields, Grads, Result, RowTerm, Wanted
 
 Array = Any
 Sources = Mapping[str, tuple[Array, Head]]

@@ -31,10 +31,10 @@ from distill_jax.losses.targets import Known, Labels, Target
 from distill_jax.losses.tokens import measures
 from distill_jax.losses.tokens.inputs import Tokens, is_local
 from distill_jax.losses.tokens.ratios import BEHAVIOUR, Level
-from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import Controller
 from distill_jax.objective.coupled import Layer
 from distill_jax.objective.lift import lift_tokens
+from distill_jax.objective.rows import RowTerm
 
 Array = Any
 

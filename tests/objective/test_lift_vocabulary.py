@@ -283,7 +283,7 @@ def test_which_loop_is_chosen(monkeypatch, seen):
     assert [loop for _, loop in seen] == ["tokens", "vocabulary", "tokens"]
     with pytest.raises(ValueError, match=r"terms \['tempered'\] read the whole distribution: use 'auto'"):
         of(few | {"tempered": WHOLE["tempered"]}, loop="vocabulary")
-    with pytest.raises(ValueError, match="one of .*'vocabulary'.*, got 'blocks'"):
+    with pytest.raises(ValueError, match=r"one of .*'vocabulary'.*, got 'blocks'"):
         of(few, loop="blocks")
 
 
