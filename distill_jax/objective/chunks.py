@@ -83,7 +83,7 @@ def cut_of(mesh: Mesh | None, terms: Mapping[str, RowTerm], kinds: Mapping[str, 
 def chosen_loop(loop: Loop, terms: Mapping[str, RowTerm], kinds: Mapping[str, type], hiddens: Mapping[str, Array],
                 heads: Mapping[str, Head], wanted: Mapping[str, Wanted], *, mesh: Mesh | None, part: Part | None,
                 chunk: int) -> Loop:
-    """The loop over tokens or over the vocabulary, as `memory.Loop` says. Raises ValueError where a loss cannot have it."""
+    """The loop over tokens or over the vocabulary, as `memory.Loop` says. Raises ValueError where it cannot be had."""
     if loop not in get_args(Loop):
         raise ValueError(f"the lifted loss loops over one of {list(get_args(Loop))}, got {loop!r}")
     whole = sorted(n for n, t in terms.items() if needs_whole(t.loss, kinds[n], {**t.kwargs, **t.dynamic}))
