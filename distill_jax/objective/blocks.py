@@ -139,7 +139,9 @@ class Blocks:
                                    block.head.bias)
             slots = _slots(ids, block, size)
             others = jnp.where(_apart(slots, block, size), 0.0, d_rest * jnp.exp(logits - rest))
-            d_raw, d_bias = back(others.at[row, slots].set(d_ids, mode="drop"))
+            # Rounded as it will be anyway, before the scatter: that saves a pass over [n,b] in float32.
+            d_logits = others.astype(hidden.dtype).at[row, slots].set(d_ids.astype(hidden.dtype), mode="drop")
+            d_raw, d_bias = back(d_logits.astype(logits.dtype))
             part = through_head(d_raw, d_bias, hidden, block.head, wanted, None)
             add = lambda acc, x: None if acc is None else jax.lax.dynamic_update_slice_in_dim(
                 acc, jax.lax.dynamic_slice_in_dim(acc, block.start, size) + x, block.start, 0)

@@ -56,5 +56,6 @@ def chunk_size(count: int, chunk: int) -> int:
 
 
 def block_size(vocab: int, tokens: int, chunk: int) -> int:
-    """Ids of a block such that `tokens` of them hold as many logits as `chunk` tokens hold over the vocabulary."""
-    return chunk_size(vocab, vocab * chunk // max(1, tokens))
+    """Ids of a block such that its logits of `tokens` are half as many as those of `chunk` over the vocabulary: with
+    8,192 tokens still wide enough for the products."""
+    return chunk_size(vocab, vocab * chunk // max(1, 2 * tokens))
