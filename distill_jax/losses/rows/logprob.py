@@ -43,7 +43,8 @@ def log_prob(logits: Array, target: Target) -> Array:
     """
     if not isinstance(target, Labels):
         raise ValueError(f"log_prob needs Labels (target='tokens'), got {type(target).__name__}")
-    return _at(logits, jnp.clip(target.ids, 0, size(logits) - 1), here()) - log_normalizer(logits, here())
+    of_token: Any = _at(logits, jnp.clip(target.ids, 0, size(logits) - 1), here())
+    return of_token - log_normalizer(logits, here())
 
 
 @reads(Labels, Full, TopKTarget, SampledTarget, Known, whole=True)

@@ -209,7 +209,8 @@ def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: 
                          jnp.maximum(even, packed))
     there = jnp.concatenate([kept, tail[:, None]], axis=-1) > ABSENT
     teacher = jnp.where(there, _joined(teacher_kept / temperature, log_s), NEG)
-    return _joined(*student), jnp.where(there, teacher - log_normalizer(teacher)[:, None], NEG)
+    norm: Any = log_normalizer(teacher)
+    return _joined(*student), jnp.where(there, teacher - norm[:, None], NEG)
 
 
 def _stored(target: TopKTarget, dtype: Any) -> tuple[Array, Array]:

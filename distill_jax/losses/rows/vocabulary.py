@@ -86,7 +86,8 @@ def total(x: Array, part: Part | None) -> Array:
 
 def spread(x: Array, part: Part | None) -> Array:
     """A number per row beside the columns of this device: [N] -> [N,1]."""
-    return _spread(x, part)[:, None] if part else x[:, None]
+    beside: Any = _spread(x, part) if part else x
+    return beside[:, None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
