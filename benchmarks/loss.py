@@ -1,4 +1,5 @@
-"""Time and peak temporaries of the lifted top-k KD loss against the naive one and against rematerialised chunks.
+"""Time and peak temporaries of the lifted top-k KD loss, in both of its loops (over tokens, over the vocabulary),
+against the naive one and against rematerialised chunks.
 
 All sides compute forward KL on k kept teacher outcomes and a tail bucket, value and gradients for hidden states and
 head, in one process, one after the other; their values and gradients are compared. Full size wants 10 GB of memory.
@@ -31,8 +32,9 @@ from distill_jax.core.batch import TopK
 from distill_jax.core.head import Head
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.losses.targets import TopKTarget
-from distill_jax.objective.chunks import RowTerm
-from distill_jax.objective.lift import CHUNK, lift_sum
+from distill_jax.objective.lift import lift_sum
+from distill_jax.objective.memory import CHUNK, Loop
+from distill_jax.objective.rows import RowTerm
 
 Array = Any
 
@@ -68,11 +70,11 @@ def rematerialised(hidden: Array, kernel: Array, weights: Array, topk: TopK, *, 
     return jax.lax.scan(body, jnp.float32(0), xs)[0]
 
 
-def lifted(hidden: Array, kernel: Array, weights: Array, topk: TopK, *, chunk: int) -> Array:
+def lifted(hidden: Array, kernel: Array, weights: Array, topk: TopK, *, chunk: int, loop: Loop) -> Array:
     term = {"kd": RowTerm(loss=forward_kl, target="signals/topk")}
     tokens = jnp.zeros(weights.shape, jnp.int32)
     return lift_sum({"student/main": (hidden, head_of(kernel))}, term, {"kd": weights}, tokens=tokens,
-                    signals={"topk": topk}, chunk=chunk)[0]
+                    signals={"topk": topk}, chunk=chunk, loop=loop)[0]
 
 
 def compiled_temporaries(sides: dict[str, Callable[..., Array]], args: argparse.Namespace) -> dict[str, dict]:
@@ -143,7 +145,7 @@ def main() -> None:
     p.add_argument("--dtype", default="float32")
     p.add_argument("--supervised", type=float, default=1.0, help="share of tokens with a weight")
     p.add_argument("--repeats", type=int, default=2)
-    p.add_argument("--only", nargs="*", default=None, help="naive, rematerialised, lifted")
+    p.add_argument("--only", nargs="*", default=None, help="naive, rematerialised, lifted, vocabulary")
     p.add_argument("--small", action="store_true")
     p.add_argument("--row-losses", action="store_true", help="every row loss against cross-entropy (row_losses.py); "
                    "--only takes their names")
@@ -158,7 +160,8 @@ def main() -> None:
         compare(args)
         return
     sides = {"naive": naive, "rematerialised": partial(rematerialised, chunk=args.chunk),
-             "lifted": partial(lifted, chunk=args.chunk)}
+             "lifted": partial(lifted, chunk=args.chunk, loop="tokens"),
+             "vocabulary": partial(lifted, chunk=args.chunk, loop="vocabulary")}
     sides = {n: f for n, f in sides.items() if n in (args.only or sides)}
     config = {k: v for k, v in vars(args).items() if k not in ("out", "only", "target")}
     machine = f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores"

@@ -19,6 +19,7 @@ from distill_jax.decode.sampling import Sampling
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.lora import Lora
 from distill_jax.objective.coupled import Layer
+from distill_jax.objective.memory import Loop
 from distill_jax.objective.term import AnyTerm
 from distill_jax.objective.tokens import TokenTerm
 from distill_jax.rollout.estimators import Estimator
@@ -178,6 +179,8 @@ class Stage:
                    `main` by a function of `data.views` (of another view: `Derived`)
     micro_batches  gradient accumulation; does not change the gradient (but see `objective.coupled` for what couples
                    rows)
+    loss_loop      what the loss loops over: "tokens", "vocabulary" (less memory, a third more products; for losses that
+                   read a topk, sampled or token signal or the tokens), or "auto" by an estimate (`objective.memory`)
     heldout        rows of the source's held-out split on which the loss is reported at the end (0: none)
     on_policy      sequences the student writes itself, beside those of the source or in their place; `Reinforce`:
                    judged and rewarded, for policy losses
@@ -191,6 +194,7 @@ class Stage:
     optim: Optimizer = AdamW()
     steps: int = 1000
     micro_batches: int = 1
+    loss_loop: Loop = "auto"
     saving: Saving = Saving()
     log_every: int = 20
     heldout: int = 0

@@ -49,8 +49,11 @@ class Head:
         kernel = self.kernel.astype(hidden.dtype)
         return jax.lax.dot_general(hidden, kernel, (((1,), (1,)), ((), ())), preferred_element_type=wide(hidden))
 
-    def finish(self, raw: Array) -> Array:
-        """Raw products [N, V] -> logits [N, V]: bias, scale, soft cap, NEG for ids that do not exist."""
+    def finish(self, raw: Array, first: Array | int = 0) -> Array:
+        """Raw products [N, V] -> logits [N, V]: bias, scale, soft cap, NEG for ids that do not exist.
+
+        Of a head that holds rows of a larger one, `first` is the id of the first.
+        """
         out = raw
         if self.bias is not None:
             out = out + self.bias.astype(out.dtype)[None, :]
@@ -58,9 +61,10 @@ class Head:
             out = out * self.scale
         if self.soft_cap is not None:
             out = self.soft_cap * jnp.tanh(out / self.soft_cap)
-        if self.real is not None and self.real < self.vocab:
+        if self.real is not None and not (isinstance(first, int) and first + self.vocab <= self.real):
             # An addition, not a selection: finite logits vanish in it all the same, and its gradient is free.
-            out = out + jnp.where(jnp.arange(self.vocab) < self.real, 0.0, NEG).astype(out.dtype)[None, :]
+            exists = first + jnp.arange(self.vocab, dtype=jnp.int32) < self.real
+            out = out + jnp.where(exists, 0.0, NEG).astype(out.dtype)[None, :]
         return out
 
     def logits(self, hidden: Array) -> Array:

@@ -170,7 +170,8 @@ def step_config(stage: Stage, models: Mapping[str, Transformer], mesh: Mesh) -> 
             flops[n] = dataclasses.replace(flops[n], passes=2)
     specs |= {n: p.optim or stage.optim for n, p in stage.projectors.items()}
     return StepConfig(
-        objective=build_objective(stage.terms, stage.steps), models=models, views=stage.made_views, mesh=mesh,
+        objective=build_objective(stage.terms, stage.steps, stage.loss_loop), models=models, mesh=mesh,
+        views=stage.made_views,
         projectors={n: open_projector(p, configs) for n, p in stage.projectors.items()}, flops=flops,
         micro_batches=stage.micro_batches, optimizers={n: s.build(stage.steps) for n, s in specs.items()},
         schedules={n: s.schedule(stage.steps) for n, s in specs.items()})
@@ -236,7 +237,8 @@ class Heldout:
         self.source = source
         self.batches = -(-stage.heldout // self.source.rows)
         self.frozen, self.mesh = frozen, config.mesh
-        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)}, stage.steps)
+        objective = build_objective({**stage.terms, "cross_entropy": Term(loss=cross_entropy)}, stage.steps,
+                                    stage.loss_loop)
         self.controllers = tuple(objective.init())
         self.values: dict[str, float] = {}
         self._sums = make_evaluation(dataclasses.replace(config, objective=objective))

@@ -1,5 +1,7 @@
 """The loop under `lift`: row losses of many tokens, one chunk of logits at a time, gradients included.
 
+Here the loop over tokens; the one over the vocabulary is `objective.blocks`.
+
 Shapes: B rows, T tokens, N = local B*T, n tokens of a chunk, D width, V vocabulary.
 
 Why it looks as it does:
@@ -10,111 +12,63 @@ Why it looks as it does:
   float32.
 - Under a mesh everything runs inside `shard_map`: automatic sharding would put an all-reduce of the whole head
   gradient into every turn of the loop. Here it is reduced once, after it.
+- Where the losses allow it (`losses.rows.vocabulary.reads`), the axis `tensor` cuts the vocabulary: a device keeps its
+  rows of the head, and inside the loop only numbers per token and the gradient of a chunk's hidden states are summed.
+  Else `tensor` cuts the tokens like every other axis, and the head is gathered.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from distill_jax.core.batch import Sampled, Signal, TokenLogprob, TopK
 from distill_jax.core.head import Head, wide
-from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, Target, TopKTarget
-from distill_jax.losses.tokens.inputs import Tokens
+from distill_jax.losses.rows.vocabulary import Part, cut, first_id, may_be_cut, needs_whole
+from distill_jax.objective.blocks import Blocks
+from distill_jax.objective.memory import BUDGET, GROUP, Loop, chunk_size, lift_bytes
+from distill_jax.objective.rows import Fields, Grads, Result, RowTerm, Wanted, kind_of, target_of, through_head
 from distill_jax.sharding import fit_spec
 from distill_jax.sharding.mesh import ROW_AXES
 
 Array = Any
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowTerm:
-    """A row loss and where its inputs come from.
-
-    loss     fn(logits [N,V], target, **kwargs, **dynamic) -> [N]
-    source   name of the source whose logits it reads, "student/main"
-    target   "tokens", "signals/<name>", or the name of another source, whose logits are the teacher's (a signal of
-             hidden states is such a source)
-    kwargs   static keyword arguments of the loss
-    dynamic  traced scalar keyword arguments (TAID's t); no gradient flows to them
-    """
-
-    loss: Callable[..., Array]
-    source: str = "student/main"
-    target: str = "tokens"
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    dynamic: Mapping[str, Array] = field(default_factory=dict)
-
-
-class Fields(NamedTuple):
-    """Per-token inputs [B,T,...], already shifted onto the hidden state that predicts them."""
-
-    tokens: Array
-    weights: dict[str, Array]
-    active: Array  # bool: some term wants this token's value or gradient
-    signals: dict[str, Signal | Tokens]
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients of a source are wanted (a frozen head under LoRA costs neither its product nor its memory)."""
-
-    hidden: bool = False
-    kernel: bool = False
-    bias: bool = False
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.kernel or self.bias
-
-
-class Grads(NamedTuple):
-    """Of one source: hidden [B,T,D] in its dtype, kernel float32 [V,D], bias float32 [V]; None = not wanted."""
-
-    hidden: Array | None = None
-    kernel: Array | None = None
-    bias: Array | None = None
-
-
-class Result(NamedTuple):
-    """total: sum over terms and tokens of weight * loss; values: {term: loss [B,T]}, 0 where not active."""
-
-    total: Array
-    values: dict[str, Array]
-    grads: dict[str, Grads]
-
-
 def run(terms: Mapping[str, RowTerm], hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
-        wanted: Mapping[str, Wanted], *, mesh: Mesh | None, chunk: int) -> Result:
+        wanted: Mapping[str, Wanted], *, mesh: Mesh | None, chunk: int, loop: Loop = "tokens") -> Result:
     """Evaluate all terms (and the wanted gradients) over one global [B,T]; `chunk` is tokens per device and turn."""
     dynamic = {name: dict(t.dynamic) for name, t in terms.items()}
+    kinds = {name: kind_of(t.target, hiddens, fields) for name, t in terms.items()}
+    part = cut_of(mesh, terms, kinds, heads)
+    loop = chosen_loop(loop, terms, kinds, hiddens, heads, wanted, mesh=mesh, part=part, chunk=chunk)
     static = {name: replace(t, dynamic={}) for name, t in terms.items()}
-    kernels = {s: PartitionSpec() if mesh is None else kernel_spec(mesh, h.kernel.shape) for s, h in heads.items()}
-    local = _Local(static, dict(wanted), chunk, mesh, kernels)
+    rows_too = loop == "tokens" or part is not None
+    kernels = {s: PartitionSpec() if mesh is None else kernel_spec(mesh, h.kernel.shape, rows=rows_too)
+               for s, h in heads.items()}
+    local = _Local(static, dict(wanted), chunk * (part.parts if part else 1), mesh, kernels, part, loop)
     if mesh is None:
         return local(hiddens, heads, fields, dynamic)
     rows = tuple(a for a in mesh.axis_names if a in ROW_AXES)
-    columns = tuple(a for a in mesh.axis_names if a not in ROW_AXES)
+    columns = tuple(a for a in mesh.axis_names if a not in ROW_AXES and not (part and a == part.axis))
     by_token = PartitionSpec(rows or None, columns or None)
     B, T = fields.tokens.shape
     hiddens, fields = _pad((hiddens, fields), -B % _size(mesh, rows), -T % _size(mesh, columns))
     fields = by_row(fields, mesh)  # else the cut by `columns` spreads to the shifts before it, and they send
+    everywhere = PartitionSpec()
+    by_id = PartitionSpec(part.axis) if part else everywhere
     out_grads = {s: Grads(hidden=by_token if w.hidden else None,
                           kernel=kernels[s] if w.kernel else None,
-                          bias=PartitionSpec() if w.bias else None) for s, w in wanted.items()}
-    everywhere = PartitionSpec()
-    head_specs = {s: replace(h, kernel=kernels[s], bias=None if h.bias is None else everywhere)
-                  for s, h in heads.items()}
+                          bias=by_id if w.bias else None) for s, w in wanted.items()}
+    head_specs = {s: replace(h, kernel=kernels[s], bias=None if h.bias is None else by_id) for s, h in heads.items()}
     out = jax.shard_map(
         local, mesh=mesh, check_vma=False, in_specs=(by_token, head_specs, by_token, everywhere),
         out_specs=Result(total=everywhere, values=dict.fromkeys(terms, by_token), grads=out_grads),
     )(hiddens, heads, fields, dynamic)
-    cut = lambda x: x if x is None else x[:B, :T]
-    return Result(out.total, {n: cut(v) for n, v in by_row(out.values, mesh).items()},
-                  {s: g._replace(hidden=cut(g.hidden)) for s, g in out.grads.items()})
+    cut_off = lambda x: x if x is None else x[:B, :T]
+    return Result(out.total, {n: cut_off(v) for n, v in by_row(out.values, mesh).items()},
+                  {s: g._replace(hidden=cut_off(g.hidden)) for s, g in out.grads.items()})
 
 
 def by_row(tree: Any, mesh: Mesh) -> Any:
@@ -124,14 +78,47 @@ def by_row(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, tree)
 
 
-def kernel_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+def cut_of(mesh: Mesh | None, terms: Mapping[str, RowTerm], kinds: Mapping[str, type], heads: Mapping[str, Head]
+           ) -> Part | None:
+    """How the vocabulary is cut over `tensor`: where all heads have one V that it divides, and every loss holds for cut
+    logits. Else None: the head is gathered, and `tensor` cuts tokens like the other axes."""
+    parts = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    sizes = {h.vocab for h in heads.values()}
+    if parts == 1 or len(sizes) > 1 or any(v % parts for v in sizes):
+        return None
+    return Part("tensor", parts) if all(may_be_cut(t.loss, kinds[n]) for n, t in terms.items()) else None
+
+
+def chosen_loop(loop: Loop, terms: Mapping[str, RowTerm], kinds: Mapping[str, type], hiddens: Mapping[str, Array],
+                heads: Mapping[str, Head], wanted: Mapping[str, Wanted], *, mesh: Mesh | None, part: Part | None,
+                chunk: int) -> Loop:
+    """The loop over tokens or over the vocabulary, as `memory.Loop` says. Raises ValueError where it cannot be had."""
+    if loop not in get_args(Loop):
+        raise ValueError(f"the lifted loss loops over one of {list(get_args(Loop))}, got {loop!r}")
+    whole = sorted(n for n, t in terms.items() if needs_whole(t.loss, kinds[n], {**t.kwargs, **t.dynamic}))
+    if loop == "vocabulary" and whole:
+        raise ValueError(f"the loop over the vocabulary needs losses that read a topk, sampled or token signal or the "
+                         f"tokens, without a temperature; terms {whole} read the whole distribution: use 'auto'")
+    if loop != "auto" or whole:
+        return "vocabulary" if loop == "vocabulary" else "tokens"
+    parts = part.parts if part else 1
+    devices, shards = (mesh.size, mesh.shape.get("fsdp", 1)) if mesh is not None else (1, 1)
+    held: dict[Loop, int] = {way: max(
+        lift_bytes(tokens=-(-h.shape[0] * h.shape[1] * parts // devices), vocab=heads[s].vocab, width=h.shape[-1],
+                   chunk=chunk, itemsize=h.dtype.itemsize, trainable=bool(wanted.get(s)), loop=way, parts=parts,
+                   shards=shards) for s, h in hiddens.items()) for way in ("tokens", "vocabulary")}
+    return "vocabulary" if held["vocabulary"] < held["tokens"] > BUDGET else "tokens"
+
+
+def kernel_spec(mesh: Mesh, shape: tuple[int, ...], rows: bool = True) -> PartitionSpec:
     """Where a head's kernel [V,D] lies before and its gradient after: as the sharding table keeps the parameter.
 
-    Gathered once before the loop in the compute dtype, and reduce-scattered once after it; both explicit, so that no
-    partitioner decides to do either in float32 or inside the loop.
+    What a device has not (its width; its rows too, unless the vocabulary is cut) is gathered once before the loop in
+    the compute dtype, and its gradient reduce-scattered once after it; both explicit, so that no partitioner decides to
+    do either in float32 or inside the loop. rows=False: every device has all rows.
     """
     fits = lambda axis, size: axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-    return PartitionSpec(fits("tensor", shape[0]), fits("fsdp", shape[1]))
+    return PartitionSpec(fits("tensor", shape[0]) if rows else None, fits("fsdp", shape[1]))
 
 
 def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
@@ -157,23 +144,32 @@ class _Local:
     chunk: int
     mesh: Mesh | None
     kernels: dict[str, PartitionSpec]  # where each head lies outside
+    part: Part | None  # how the vocabulary is cut: the devices of this axis have the same tokens
+    loop: Loop
 
     def __call__(self, hiddens: dict[str, Array], heads: dict[str, Head], fields: Fields,
                  dynamic: dict[str, dict[str, Array]]) -> Result:
         shape = fields.tokens.shape
-        heads = {s: replace(h, kernel=self._gather(s, h.kernel.astype(hiddens[s].dtype))) for s, h in heads.items()}
+        by_blocks = self.loop == "vocabulary"
+        if not by_blocks:
+            heads = {s: replace(h, kernel=self._gather(s, h.kernel.astype(hiddens[s].dtype)))
+                     for s, h in heads.items()}
         flat_hiddens, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hiddens, fields))
         count = flat.tokens.shape[0]
-        n = chunk_size(count, self.chunk)
+        n = chunk_size(count, max(self.chunk, GROUP) if by_blocks else self.chunk)
+        blocks = Blocks(self.wanted, self.part, self.chunk, self._gather, self._scatter)
         order = jnp.nonzero(flat.active, size=count + -count % n, fill_value=count)[0].astype(jnp.int32)
         turns = (jnp.sum(flat.active, dtype=jnp.int32) + (n - 1)) // n
+        if self.mesh is not None and (self.part or by_blocks):  # devices meet inside the loop
+            turns = jax.lax.pmax(turns, self.mesh.axis_names)
 
         def turn(i: Array, carry: Result) -> Result:
             at = jax.lax.dynamic_slice(order, (i * n,), (n,))  # `count` beyond the active tokens: reads 0, drops
             take = lambda x: x.at[at].get(mode="fill", fill_value=0)
-            part = self._chunk(jax.tree.map(take, flat_hiddens), heads, jax.tree.map(take, flat), dynamic)
+            given = jax.tree.map(take, flat_hiddens), heads, jax.tree.map(take, flat), dynamic
+            part = blocks(self.terms, *given, carry.grads) if by_blocks else self._chunk(*given)
             put = lambda acc, x: None if acc is None else acc.at[at].set(x.astype(acc.dtype), mode="drop")
-            add = lambda acc, x: None if acc is None else acc + x.astype(acc.dtype)
+            add = lambda acc, x: None if acc is None else x if by_blocks else acc + x.astype(acc.dtype)
             grads = {s: Grads(put(g.hidden, part.grads[s].hidden), add(g.kernel, part.grads[s].kernel),
                               add(g.bias, part.grads[s].bias)) for s, g in carry.grads.items()}
             values = {t: put(v, part.values[t]) for t, v in carry.values.items()}
@@ -185,21 +181,34 @@ class _Local:
             s: Grads(unflat(g.hidden), self._sum_kernel(s, g.kernel), self._sum(g.bias)) for s, g in out.grads.items()})
 
     def _sum(self, x: Array | None) -> Array | None:
-        return x if x is None or self.mesh is None else jax.lax.psum(x, self.mesh.axis_names)
+        """Over all devices that have other tokens."""
+        return x if x is None or self.mesh is None else jax.lax.psum(x, self._others(PartitionSpec()))
+
+    def _others(self, spec: PartitionSpec) -> tuple[str, ...]:
+        own = {*spec, self.part.axis if self.part else None}
+        assert self.mesh is not None
+        return tuple(a for a in self.mesh.axis_names if a not in own)
+
+    def _cut_dims(self, source: str) -> list[tuple[int, str]]:
+        """(dimension, axis) of a kernel that is gathered for its products."""
+        spec = self.kernels[source]
+        return [(d, a) for d, a in enumerate(spec) if a is not None and not (self.part and a == self.part.axis)]
 
     def _gather(self, source: str, kernel: Array) -> Array:
-        for dim, axis in enumerate(self.kernels[source]):
-            kernel = kernel if axis is None else jax.lax.all_gather(kernel, axis, axis=dim, tiled=True)
+        for dim, axis in self._cut_dims(source):
+            kernel = jax.lax.all_gather(kernel, axis, axis=dim, tiled=True)
         return kernel
+
+    def _scatter(self, source: str, grad: Array) -> Array:
+        for dim, axis in self._cut_dims(source):
+            grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+        return grad
 
     def _sum_kernel(self, source: str, grad: Array | None) -> Array | None:
         if grad is None or self.mesh is None:
             return grad
-        spec = self.kernels[source]
-        for dim, axis in enumerate(spec):
-            if axis is not None:
-                grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
-        return jax.lax.psum(grad, tuple(a for a in self.mesh.axis_names if a not in spec))
+        grad = grad if self.loop == "vocabulary" else self._scatter(source, grad)
+        return jax.lax.psum(grad, self._others(self.kernels[source]))
 
     def _zeros(self, hiddens: dict[str, Array], heads: dict[str, Head], count: int) -> Result:
         dtype = wide(*hiddens.values())
@@ -213,12 +222,13 @@ class _Local:
         """All terms on n tokens: each source's logits once, then every row loss on them."""
         used = {t.source for t in self.terms.values()} | {t.target for t in self.terms.values()}
         raws = {s: heads[s].project(h) for s, h in hiddens.items() if s in used}
+        first = {s: first_id(raw.shape[-1], self.part) for s, raw in raws.items()}
 
         def weighted(raws: dict[str, Array], biases: dict[str, Array | None]) -> tuple[Array, dict[str, Array]]:
-            logits = {s: replace(heads[s], bias=biases[s]).finish(raw) for s, raw in raws.items()}
+            logits = {s: replace(heads[s], bias=biases[s]).finish(raw, first[s]) for s, raw in raws.items()}
             total, values = jnp.zeros((), wide(*hiddens.values())), {}
             for name, term in self.terms.items():
-                target = _target(term.target, logits, fields, hiddens[term.source].dtype)
+                target = target_of(term.target, logits, fields, hiddens[term.source].dtype)
                 values[name] = term.loss(logits[term.source], target, **term.kwargs, **dynamic[name])
                 total += jnp.sum(fields.weights[name].astype(total.dtype) * values[name].astype(total.dtype))
             return total, values
@@ -226,46 +236,14 @@ class _Local:
         moving = {s for s, w in self.wanted.items() if w and s in raws}
         still = {s: raw for s, raw in raws.items() if s not in moving}
         biases = {s: heads[s].bias for s in raws}
-        if not moving:
-            total, values = weighted(raws, biases)
-            return Result(total, values, {})
-        total, back, values = jax.vjp(
-            lambda r, b: weighted(r | still, biases | b),
-            {s: raws[s] for s in moving}, {s: biases[s] for s in moving}, has_aux=True)
-        d_raws, d_biases = back(jnp.ones_like(total))
-        grads = {s: _through_head(d_raws[s], d_biases[s], hiddens[s], heads[s], self.wanted[s]) for s in moving}
+        with cut(self.part):
+            if not moving:
+                total, values = weighted(raws, biases)
+                return Result(total, values, {})
+            total, back, values = jax.vjp(
+                lambda r, b: weighted(r | still, biases | b),
+                {s: raws[s] for s in moving}, {s: biases[s] for s in moving}, has_aux=True)
+            d_raws, d_biases = back(jnp.ones_like(total))
+        grads = {s: through_head(d_raws[s], d_biases[s], hiddens[s], heads[s], self.wanted[s], self.part)
+                 for s in moving}
         return Result(total, values, grads)
-
-
-def _through_head(d_raw: Array, d_bias: Array | None, hidden: Array, head: Head, wanted: Wanted) -> Grads:
-    """Gradients of `head.project(hidden)`: the cotangent in the compute dtype, sums in (at least) float32."""
-    acc = d_raw.dtype
-    d_raw = d_raw.astype(hidden.dtype)
-    dot = lambda a, b, contract: jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=acc)
-    return Grads(
-        hidden=dot(d_raw, head.kernel, ((1,), (0,))) if wanted.hidden else None,
-        kernel=dot(d_raw, hidden, ((0,), (0,))) if wanted.kernel else None,
-        bias=d_bias.astype(acc) if wanted.bias and d_bias is not None else None)
-
-
-def _target(name: str, logits: dict[str, Array], fields: Fields, compute_dtype: Any) -> Target:
-    if name == "tokens":
-        return Labels(fields.tokens)
-    if name in logits:
-        return Full(jax.lax.stop_gradient(logits[name]), fields.tokens)
-    signal = fields.signals[name.removeprefix("signals/")]
-    if isinstance(signal, Tokens):
-        return Known(fields.tokens, signal)
-    if isinstance(signal, TopK):
-        return TopKTarget(signal.ids, signal.logprobs, compute_dtype, fields.tokens)
-    if isinstance(signal, Sampled):
-        return SampledTarget(signal.ids, signal.weights, compute_dtype)
-    assert isinstance(signal, TokenLogprob)  # one known outcome, the rest is tail
-    return TopKTarget(fields.tokens[:, None], signal.logprobs[:, None], compute_dtype, fields.tokens)
-
-
-def chunk_size(count: int, chunk: int) -> int:
-    """Tokens of a turn: at most `chunk` (rounded up to 8), turns of equal size so that the last is not mostly air."""
-    turns = max(1, -(-count // max(8, chunk)))
-    size = -(-count // turns)
-    return max(1, min(size + -size % 8, count))

@@ -21,21 +21,20 @@ from distill_jax.core.batch import HiddenStates, Signal
 from distill_jax.core.head import Head
 from distill_jax.losses.rows.logprob import entropy, log_prob
 from distill_jax.losses.tokens.inputs import Tokens
-from distill_jax.objective.chunks import Fields, Grads, Result, RowTerm, Wanted, run
+from distill_jax.objective.chunks import run
+from distill_jax.objective.memory import CHUNK, Loop
 from distill_jax.objective.reduce import RoleSums, by_role
+from distill_jax.objective.rows import Fields, Grads, Result, RowTerm, Wanted
 
 Array = Any
 Sources = Mapping[str, tuple[Array, Head]]
-
-CHUNK = 512
-"""Tokens per device whose logits exist at a time. The head's gradient is read and written once a chunk, so 1,024 is a
-little faster on large vocabularies; for what it costs in memory see `memory.lift_bytes`."""
 
 
 def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[str, Array], *, tokens: Array,
              signals: Mapping[str, Signal | Tokens] | None = None, trainable: tuple[str, ...] | None = None,
              roles: Array | None = None, masks: Mapping[str, Array] | None = None,
-             mesh: Mesh | None = None, chunk: int = CHUNK) -> tuple[Array, dict[str, RoleSums]]:
+             mesh: Mesh | None = None, chunk: int = CHUNK, loop: Loop = "auto"
+             ) -> tuple[Array, dict[str, RoleSums]]:
     """sum over terms and tokens of weights[term] * loss, and what each term was per role.
 
     sources    {name: (hidden [B,T,D], Head)}; hidden[:, t] has seen token t, and predicts token t+1. A signal of
@@ -50,10 +49,11 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     masks      {term: f32 [B,T]} weights of the metrics; None = 1 where the term's weight is not 0
     mesh       devices to share the work over; None = wherever the arrays are
     chunk      tokens per device whose logits exist at a time
+    loop       over tokens, or over the vocabulary: less memory, more time (`memory.Loop`)
 
     Returns (total f32, {term: RoleSums}); the metrics carry no gradient. Give the head in its parameters' dtype
     (float32): the products run in the hidden states' dtype, the head's gradient is accumulated and returned in full.
-    Raises ValueError for an unknown source, target or signal, or weights of another shape.
+    Raises ValueError for an unknown source, target or signal, weights of another shape, a loop that a loss cannot use.
     """
     signals = signals or {}
     trainable = tuple(s for s in sources if not s.startswith("signals/")) if trainable is None else trainable
@@ -70,7 +70,8 @@ def lift_sum(sources: Sources, terms: Mapping[str, RowTerm], weights: Mapping[st
     fields = shift(Fields(tokens, weights, active, {s: stop(signals[s]) for s in used
                                                      if f"signals/{s}" not in sources}))
     dynamic = {name: {k: stop(v) for k, v in t.dynamic.items()} for name, t in terms.items()}
-    total, values = _lifted(terms, {s: _dtypes(x) for s, x in sources.items()}, mesh, chunk)(sources, fields, dynamic)
+    total, values = _lifted(terms, {s: _dtypes(x) for s, x in sources.items()}, mesh, chunk,
+                            loop)(sources, fields, dynamic)
     roles = jnp.zeros(tokens.shape, jnp.int32) if roles is None else roles
     return total, {t: by_role(unshift(stop(v)), masks[t], roles) for t, v in values.items()}
 
@@ -102,14 +103,14 @@ def lift_tokens(hidden: Array, head: Head, tokens: Array, *, mask: Array | None 
     return values["logprob"], values["entropy"]
 
 
-def _lifted(terms: Mapping[str, RowTerm], dtypes: Any, mesh: Mesh | None, chunk: int) -> Any:
+def _lifted(terms: Mapping[str, RowTerm], dtypes: Any, mesh: Mesh | None, chunk: int, loop: Loop) -> Any:
     """custom_vjp (sources, fields, dynamic) -> (total, values): gradients in the forward, scaled in the backward."""
     read = {t.source for t in terms.values()}
 
     def evaluate(sources: Any, fields: Fields, dynamic: Any, wanted: Mapping[str, Wanted]) -> Result:
         bound = {name: replace(t, dynamic=dynamic[name]) for name, t in terms.items()}
         hiddens, heads = {s: x[0] for s, x in sources.items()}, {s: x[1] for s, x in sources.items()}
-        return run(bound, hiddens, heads, fields, wanted, mesh=mesh, chunk=chunk)
+        return run(bound, hiddens, heads, fields, wanted, mesh=mesh, chunk=chunk, loop=loop)
 
     @jax.custom_vjp
     def lifted(sources: Any, fields: Fields, dynamic: Any) -> tuple[Array, dict[str, Array]]:

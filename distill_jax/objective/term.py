@@ -25,11 +25,12 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule, until
 from distill_jax.losses.tokens.aggregate import sequence_mean, token_mean
-from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import OWN, Controller
 from distill_jax.objective.coupled import CoupledTerm, Given, Layer, check_coupled, coupled_values
-from distill_jax.objective.lift import CHUNK, lift_sum
+from distill_jax.objective.lift import lift_sum
+from distill_jax.objective.memory import CHUNK, Loop
 from distill_jax.objective.reduce import RoleSums, by_role, means
+from distill_jax.objective.rows import RowTerm
 from distill_jax.objective.tokens import TokenTerm, about, about_tokens, known_tokens, local_rows, token_values
 
 Array = Any
@@ -105,9 +106,10 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """A sum of terms. Make one with `build_objective`."""
+    """A sum of terms. Make one with `build_objective`. loop: what its row terms loop over (`memory.Loop`)."""
 
     terms: Mapping[str, AnyTerm]
+    loop: Loop = "auto"
 
     @property
     def states(self) -> dict[str, tuple[Layer, ...]]:
@@ -206,7 +208,8 @@ class Objective:
             signals = (batch.signals if view == "main" else {}) | {about(n): known[n] for n in terms if n in known}
             part, measured = lift_sum(
                 {s: x for s, x in sources.items() if s in needed}, terms, weights.weights, tokens=stream.tokens,
-                signals=signals, roles=stream.roles, masks=weights.masks, trainable=trainable, mesh=mesh, chunk=chunk)
+                signals=signals, roles=stream.roles, masks=weights.masks, trainable=trainable, mesh=mesh, chunk=chunk,
+                loop=self.loop)
             totals.append(part)
             metrics |= measured
         return sum(totals[1:], start=totals[0]), metrics
@@ -222,9 +225,9 @@ class Objective:
         return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
 
 
-def build_objective(terms: Mapping[str, AnyTerm], steps: int | None = None) -> Objective:
-    """Check the terms against each other. steps: updates of the stage, for schedules that run to its end. Raises
-    ValueError when there is no term or a name cannot be used."""
+def build_objective(terms: Mapping[str, AnyTerm], steps: int | None = None, loop: Loop = "auto") -> Objective:
+    """Check the terms against each other. steps: updates of the stage, for schedules that run to its end; loop: as of
+    `Objective`. Raises ValueError when there is no term or a name cannot be used."""
     if not terms:
         raise ValueError("an objective needs at least one term")
     if steps is not None:
@@ -239,7 +242,7 @@ def build_objective(terms: Mapping[str, AnyTerm], steps: int | None = None) -> O
         elif term.target not in _OWN and not _signal(term.target) and term.target.split("/")[1] != term.view:
             raise ValueError(f"term {name!r} compares {term.student!r} with {term.target!r}, but the tokens of two "
                              "views differ; use one view on both sides")
-    return Objective(dict(terms))
+    return Objective(dict(terms), loop)
 
 
 def _until(term: AnyTerm, steps: int) -> AnyTerm:

@@ -15,7 +15,7 @@ Shapes: B rows, T tokens.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,15 @@ from distill_jax.core.head import Head
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.core.schedules import Schedule
 from distill_jax.losses.rows.logprob import entropy, log_prob
+from distill_jax.losses.rows.vocabulary import Reads
 from distill_jax.losses.targets import Known, Labels, Target
 from distill_jax.losses.tokens import measures
 from distill_jax.losses.tokens.inputs import Tokens, is_local
 from distill_jax.losses.tokens.ratios import BEHAVIOUR, Level
-from distill_jax.objective.chunks import RowTerm
 from distill_jax.objective.controllers import Controller
 from distill_jax.objective.coupled import Layer
 from distill_jax.objective.lift import lift_tokens
+from distill_jax.objective.rows import RowTerm
 
 Array = Any
 
@@ -164,6 +165,7 @@ class _OnLogits:
     """A local token loss as a row loss on logits [N,V]."""
 
     loss: Callable[..., Array]
+    reads: ClassVar[Reads] = Reads((Known,), whole=True)
 
     def __call__(self, logits: Array, target: Target, **kwargs: Any) -> Array:
         assert isinstance(target, Known)

@@ -84,6 +84,17 @@ def test_mean_is_over_the_supervised_tokens_of_the_global_batch(source):
     assert measured["ce/question"] == 0
 
 
+def test_the_loop_is_the_objectives(source):
+    """What a recipe's `loss_loop` says reaches the lift, and changes no number."""
+    batch, terms = make_batch(), {"kd": Term(forward_kl, target="signals/topk"), "ce": Term(cross_entropy)}
+    for a, b in zip(jax.tree.leaves(run(build_objective(terms, loop="vocabulary"), source, batch)),
+                    jax.tree.leaves(run(build_objective(terms), source, batch)), strict=True):
+        assert rel(a, b) < 1e-6
+    tempered = {"kd": Term(forward_kl, target="signals/topk", kwargs={"temperature": 2.0, "temper": "even"})}
+    with pytest.raises(ValueError, match="loop over the vocabulary"):
+        run(build_objective(tempered, loop="vocabulary"), source, batch)
+
+
 @pytest.mark.parametrize("per", ["token", "sequence"])
 def test_micro_batches_change_nothing(source, per):
     batch = make_batch()

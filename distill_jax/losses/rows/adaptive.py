@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 from distill_jax.losses.rows.outcomes import outcomes
 from distill_jax.losses.rows.tempering import Temper
+from distill_jax.losses.rows.vocabulary import reads
 from distill_jax.losses.targets import Target, TopKTarget
 
 Array = Any
 
 
+@reads(TopKTarget)
 def adaptive_kl(logits: Array, target: Target, *, mu: float = 0.5, temperature: float = 1.0,
                 temper: Temper = "exact") -> Array:
     """(g_head KL(p||q) + g_tail KL(q||p)) / (g_head + g_tail) * tau^2, g = sum of |p - q| over head or tail.

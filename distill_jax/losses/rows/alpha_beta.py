@@ -6,13 +6,15 @@ import jax.numpy as jnp
 
 from distill_jax.losses.rows.outcomes import outcomes
 from distill_jax.losses.rows.tempering import Temper
-from distill_jax.losses.targets import Target
+from distill_jax.losses.rows.vocabulary import over_outcomes, reads, total
+from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
 
 _LEAST = 0.01  # below this exponent float32 differences of powers cancel
 
 
+@reads(Full, TopKTarget)
 def alpha_beta(logits: Array, target: Target, *, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0,
                temper: Temper = "exact") -> Array:
     """-1/(alpha beta) sum_v [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
@@ -31,7 +33,7 @@ def alpha_beta(logits: Array, target: Target, *, alpha: float = 0.2, beta: float
                          f"beta={beta}; (1, 0) is forward KL, (0, 1) reverse KL")
     log_q, log_p = outcomes(logits, target, temperature, temper)
     ours, theirs = (log_p, log_q) if alpha >= beta else (log_q, log_p)
-    return temperature**2 * jnp.sum(_terms(ours, theirs, max(alpha, beta), min(alpha, beta)), axis=-1)
+    return temperature**2 * total(_terms(ours, theirs, max(alpha, beta), min(alpha, beta)), over_outcomes(target))
 
 
 def _terms(log_a: Array, log_b: Array, x: float, y: float) -> Array:

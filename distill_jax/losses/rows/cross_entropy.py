@@ -6,11 +6,13 @@ import jax.numpy as jnp
 
 from distill_jax.losses.rows.logprob import log_prob
 from distill_jax.losses.rows.outcomes import drawn, outcomes
-from distill_jax.losses.targets import Labels, SampledTarget, Target
+from distill_jax.losses.rows.vocabulary import over_outcomes, reads, total
+from distill_jax.losses.targets import Full, Labels, SampledTarget, Target, TopKTarget
 
 Array = Any
 
 
+@reads(Labels, Full, TopKTarget, SampledTarget)
 def cross_entropy(logits: Array, target: Target) -> Array:
     """-log q(y) for `Labels`; -sum_v p(v) log q(v) for a teacher's distribution p.
 
@@ -24,4 +26,4 @@ def cross_entropy(logits: Array, target: Target) -> Array:
         log_q, w = drawn(logits, target)
         return -jnp.sum(w * log_q, axis=-1)
     log_q, log_p = outcomes(logits, target)
-    return -jnp.sum(jnp.exp(log_p) * log_q, axis=-1)
+    return -total(jnp.exp(log_p) * log_q, over_outcomes(target))

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from distill_jax.losses.rows.outcomes import drawn, outcomes
 from distill_jax.losses.rows.tempering import Temper
-from distill_jax.losses.targets import SampledTarget, Target
+from distill_jax.losses.rows.vocabulary import over_outcomes, reads, total
+from distill_jax.losses.targets import Full, SampledTarget, Target, TopKTarget
 
 Array = Any
 
 
+@reads(Full, TopKTarget, SampledTarget)
 def forward_kl(logits: Array, target: Target, *, temperature: float = 1.0, temper: Temper = "exact") -> Array:
     """KL(teacher || student) * tau^2: mode covering. The loss of Hinton et al. 2015 up to the teacher's entropy.
 
@@ -29,15 +31,17 @@ def forward_kl(logits: Array, target: Target, *, temperature: float = 1.0, tempe
         log_q, w = drawn(logits, target)
         return jnp.sum(jnp.where(w > 0, w * (jnp.log(jnp.where(w > 0, w, 1.0)) - log_q), 0.0), axis=-1)
     log_q, log_p = outcomes(logits, target, temperature, temper)
-    return temperature**2 * _kl(log_p, log_q)
+    return temperature**2 * _kl(log_p, log_q, target)
 
 
+@reads(Full, TopKTarget)
 def reverse_kl(logits: Array, target: Target, *, temperature: float = 1.0, temper: Temper = "exact") -> Array:
     """KL(student || teacher) * tau^2: mode seeking (MiniLLM, Gu et al. 2024, eq. 1, per token)."""
     log_q, log_p = outcomes(logits, target, temperature, temper)
-    return temperature**2 * _kl(log_q, log_p)
+    return temperature**2 * _kl(log_q, log_p, target)
 
 
+@reads(Full, TopKTarget)
 def generalized_jsd(logits: Array, target: Target, *, beta: float = 0.5, temperature: float = 1.0,
                     temper: Temper = "exact", normalize: bool = False) -> Array:
     """beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q, p teacher, q student, times tau^2.
@@ -56,9 +60,10 @@ def generalized_jsd(logits: Array, target: Target, *, beta: float = 0.5, tempera
     log_q, log_p = outcomes(logits, target, temperature, temper)
     log_m = _mixture(beta, log_p, log_q)
     factor = temperature**2 / (beta * (1.0 - beta) if normalize else 1.0)
-    return factor * (beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m))
+    return factor * (beta * _kl(log_p, log_m, target) + (1.0 - beta) * _kl(log_q, log_m, target))
 
 
+@reads(Full, TopKTarget)
 def skew_forward_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1, temperature: float = 1.0,
                     temper: Temper = "exact") -> Array:
     """KL(p || alpha p + (1-alpha) q) * tau^2, p teacher, q student: forward KL that is at most -log alpha.
@@ -68,9 +73,10 @@ def skew_forward_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1
     """
     _check_alpha(alpha)
     log_q, log_p = outcomes(logits, target, temperature, temper)
-    return temperature**2 * _kl(log_p, _mixture(alpha, log_p, log_q))
+    return temperature**2 * _kl(log_p, _mixture(alpha, log_p, log_q), target)
 
 
+@reads(Full, TopKTarget)
 def skew_reverse_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1, temperature: float = 1.0,
                     temper: Temper = "exact") -> Array:
     """KL(q || (1-alpha) p + alpha q) * tau^2, p teacher, q student: reverse KL that is at most -log alpha.
@@ -80,20 +86,21 @@ def skew_reverse_kl(logits: Array, target: Target, *, alpha: float | Array = 0.1
     """
     _check_alpha(alpha)
     log_q, log_p = outcomes(logits, target, temperature, temper)
-    return temperature**2 * _kl(log_q, _mixture(alpha, log_q, log_p))
+    return temperature**2 * _kl(log_q, _mixture(alpha, log_q, log_p), target)
 
 
+@reads(Full, TopKTarget)
 def total_variation(logits: Array, target: Target) -> Array:
     """1/2 sum_v |p(v) - q(v)|, p teacher, q student, in [0, 1] (f-distill, Wen et al. 2023, 2307.15190).
 
     The gradient is that of the sign, so it does not fade as q nears p, and is 0 where they are equal.
     """
     log_q, log_p = outcomes(logits, target)
-    return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
+    return 0.5 * total(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), over_outcomes(target))
 
 
-def _kl(log_a: Array, log_b: Array) -> Array:
-    return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+def _kl(log_a: Array, log_b: Array, target: Target) -> Array:
+    return total(jnp.exp(log_a) * (log_a - log_b), over_outcomes(target))
 
 
 def _mixture(share: Any, log_a: Array, log_b: Array) -> Array:

@@ -44,4 +44,5 @@ def renormalised_kl(logits: Array, target: Target, *, k: int = 5, temperature: f
 def _normalised(x: Array, some: Array) -> Array:
     """x - logsumexp(x) [N,K]; rows without any outcome count as zeros, so that nothing overflows in their gradient."""
     x = jnp.where(some[:, None], x, jnp.zeros_like(x))
-    return x - log_normalizer(x)[:, None]
+    norm: Array = log_normalizer(x)
+    return x - norm[:, None]

@@ -18,6 +18,15 @@ import jax.numpy as jnp
 
 from distill_jax.core.head import NEG, wide
 from distill_jax.losses.rows.tempering import Temper, check_temper, tail_bounds, untempered
+from distill_jax.losses.rows.vocabulary import (
+    Part,
+    first_id,
+    greatest,
+    here,
+    over_outcomes,
+    spread,
+    summed,
+)
 from distill_jax.losses.targets import Full, SampledTarget, Target, TopKTarget
 
 Array = Any
@@ -28,23 +37,23 @@ TAIL_FLOOR = 1e-7
 ABSENT = NEG / 2  # logits below it belong to ids that do not exist
 
 
-@jax.custom_vjp
-def log_normalizer(logits: Array) -> Array:
-    """log sum exp over the last axis. logits [N,V] -> [N].
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def log_normalizer(logits: Array, part: Part | None = None) -> Array:
+    """log sum exp over the last axis, and over the parts of the vocabulary that it is cut into. logits [N,V] -> [N].
 
     The gradient is recomputed from the logits, so no second [N,V] array outlives the forward pass; calls on the same
     logits (several terms) are merged by the compiler.
     """
-    top = jnp.max(logits, axis=-1)
-    return top + jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+    top = greatest(jnp.max(logits, axis=-1), part)
+    return top + jnp.log(summed(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1), part))
 
 
-def _log_normalizer_fwd(logits: Array) -> tuple[Array, tuple[Array, Array]]:
-    out = log_normalizer(logits)
+def _log_normalizer_fwd(logits: Array, part: Part | None) -> tuple[Array, tuple[Array, Array]]:
+    out = log_normalizer(logits, part)
     return out, (logits, out)
 
 
-def _log_normalizer_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
+def _log_normalizer_bwd(part: Part | None, saved: tuple[Array, Array], grad: Array) -> tuple[Array]:
     logits, out = saved
     return (grad[:, None] * jnp.exp(logits - out[:, None]),)
 
@@ -52,7 +61,6 @@ def _log_normalizer_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array]
 log_normalizer.defvjp(_log_normalizer_fwd, _log_normalizer_bwd)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def kept_and_tail(logits: Array, ids: Array, grad_dtype: Any = None) -> tuple[Array, Array]:
     """Student log-probabilities of the kept ids and of all others together.
 
@@ -63,21 +71,32 @@ def kept_and_tail(logits: Array, ids: Array, grad_dtype: Any = None) -> tuple[Ar
     The tail is a log-sum-exp over the ids that are not kept, not log(1 - sum): that loses every digit once the
     student is confident, and its gradient is then a difference of huge numbers.
     """
-    return _kept_and_tail_fwd(logits, ids, grad_dtype)[0]
+    return _kept_and_tail(logits, ids, grad_dtype, here())
 
 
-def _kept_and_tail_fwd(logits: Array, ids: Array, grad_dtype: Any) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _kept_and_tail(logits: Array, ids: Array, grad_dtype: Any, part: Part | None) -> tuple[Array, Array]:
+    return _kept_and_tail_fwd(logits, ids, grad_dtype, part)[0]
+
+
+def _kept_and_tail_fwd(logits: Array, ids: Array, grad_dtype: Any, part: Part | None
+                       ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     rows, vocab = logits.shape
-    inside = (ids >= 0) & (ids < vocab)
-    z = jnp.take_along_axis(logits, jnp.where(inside, ids, 0), axis=-1)
+    at = ids - first_id(vocab, part)
+    inside = (ids >= 0) & (at >= 0) & (at < vocab)
+    z = jnp.take_along_axis(logits, jnp.where(inside, at, 0), axis=-1)
     present = inside & (z > ABSENT)
-    slots = jnp.where(present, ids, vocab)  # out of range: dropped by the scatters
+    slots = jnp.where(present, at, vocab)  # out of range: dropped by the scatters
+    if part:  # one device has each of them
+        z, found = summed(jnp.stack([jnp.where(present, z, 0.0), present.astype(z.dtype)]), part)
+        present = found > 0
     row = jnp.arange(rows)[:, None]
     is_kept = jnp.zeros((rows, vocab), bool).at[row, slots].set(True, mode="drop")
     # `where` outside the exponential: the two reductions then read the logits, not a masked copy of them.
-    top = jnp.max(jnp.where(is_kept, NEG, logits), axis=-1)
+    top = greatest(jnp.max(jnp.where(is_kept, NEG, logits), axis=-1), part)
     has_tail = top > ABSENT
-    rest = jnp.sum(jnp.where(is_kept, 0.0, jnp.exp(logits - jnp.where(has_tail, top, -NEG)[:, None])), axis=-1)
+    rest = jnp.where(is_kept, 0.0, jnp.exp(logits - jnp.where(has_tail, top, -NEG)[:, None]))
+    rest = summed(jnp.sum(rest, axis=-1), part)
     tail_norm = jnp.where(has_tail, top + jnp.log(jnp.where(has_tail, rest, 1.0)), NEG)
     norm = jnp.logaddexp(tail_norm, log_normalizer(jnp.where(present, z, NEG)))
     kept = jnp.where(present, z - norm[:, None], NEG)
@@ -85,7 +104,8 @@ def _kept_and_tail_fwd(logits: Array, ids: Array, grad_dtype: Any) -> tuple[tupl
     return (kept, tail), (logits, slots, is_kept, norm, tail_norm, kept, tail)
 
 
-def _kept_and_tail_bwd(grad_dtype: Any, saved: tuple[Array, ...], grads: tuple[Array, Array]) -> tuple[Array, None]:
+def _kept_and_tail_bwd(grad_dtype: Any, part: Part | None, saved: tuple[Array, ...], grads: tuple[Array, Array]
+                       ) -> tuple[Array, None]:
     logits, slots, is_kept, norm, tail_norm, kept, tail = saved
     g_kept = jnp.where(kept > ABSENT, grads[0], 0.0)
     g_tail = jnp.where(tail > ABSENT, grads[1], 0.0)
@@ -100,7 +120,7 @@ def _kept_and_tail_bwd(grad_dtype: Any, saved: tuple[Array, ...], grads: tuple[A
     return out.astype(logits.dtype), None
 
 
-kept_and_tail.defvjp(_kept_and_tail_fwd, _kept_and_tail_bwd)
+_kept_and_tail.defvjp(_kept_and_tail_fwd, _kept_and_tail_bwd)
 
 
 def outcomes(logits: Array, target: Target, temperature: Any = 1.0, temper: Temper = "exact") -> tuple[Array, Array]:
@@ -148,7 +168,13 @@ def _full(logits: Array, target: Full, temperature: Any) -> tuple[Array, Array]:
     real = (z > ABSENT) & (t > ABSENT)
     z = jnp.where(real, z / temperature, NEG)
     t = jnp.where(real, t / temperature, NEG)
-    return z - log_normalizer(z)[:, None], t - log_normalizer(t)[:, None]
+    return log_softmax(z, target), log_softmax(t, target)
+
+
+def log_softmax(x: Array, target: Target) -> Array:
+    """x - log sum exp x over the outcomes that `target` gives. [N,M] -> [N,M]."""
+    part = over_outcomes(target)
+    return x - spread(log_normalizer(x, part), part)
 
 
 def _topk(logits: Array, target: TopKTarget) -> tuple[Array, Array]:
@@ -169,7 +195,7 @@ def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: 
     kept, tail = jax.lax.stop_gradient(student)
     teacher_kept, log_mass = _teacher(logprobs, kept, tail)
     lacking = (ids >= 0) & (kept <= ABSENT)  # known to the teacher, but in this student's tail
-    count = jnp.sum(real, axis=-1) - jnp.sum(kept > ABSENT, axis=-1) + jnp.sum(lacking, axis=-1)
+    count = summed(jnp.sum(real, axis=-1), here()) - jnp.sum(kept > ABSENT, axis=-1) + jnp.sum(lacking, axis=-1)
     smallest = jnp.min(jnp.where(ids >= 0, logprobs, 0.0), axis=-1)
     top_is_known = ~jnp.any(lacking, axis=-1) & (ids.shape[-1] > 1)  # one kept id need not be the most probable
     log_top = jnp.where(top_is_known, jnp.minimum(smallest, log_mass), log_mass)
@@ -178,12 +204,13 @@ def _topk_tempered(logits: Array, target: TopKTarget, temperature: Any, temper: 
     if log_s is None:
         z = jax.lax.stop_gradient(logits)
         cold: Any = kept_and_tail(z, ids)
-        of_student = tail + log_normalizer(jax.lax.stop_gradient(hot)) - log_normalizer(z) / temperature
+        of_student = tail + log_normalizer(jax.lax.stop_gradient(hot), here()) - log_normalizer(z, here()) / temperature
         log_s = jnp.clip(of_student + (log_mass - cold[1]) / temperature, jnp.minimum(even, packed),
                          jnp.maximum(even, packed))
     there = jnp.concatenate([kept, tail[:, None]], axis=-1) > ABSENT
     teacher = jnp.where(there, _joined(teacher_kept / temperature, log_s), NEG)
-    return _joined(*student), jnp.where(there, teacher - log_normalizer(teacher)[:, None], NEG)
+    norm: Any = log_normalizer(teacher)
+    return _joined(*student), jnp.where(there, teacher - norm[:, None], NEG)
 
 
 def _stored(target: TopKTarget, dtype: Any) -> tuple[Array, Array]:

@@ -3,11 +3,13 @@
 from typing import Any
 
 from distill_jax.losses.rows.outcomes import outcomes
+from distill_jax.losses.rows.vocabulary import reads
 from distill_jax.losses.targets import Target, TopKTarget
 
 Array = Any
 
 
+@reads(TopKTarget)
 def log_perplexity_ratio(logits: Array, target: Target) -> Array:
     """log p(y) - log q(y), p teacher, q student, y the token that stands there; its mean is log(ppl_q / ppl_p).
 

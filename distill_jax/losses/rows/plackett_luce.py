@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from distill_jax.core.head import NEG
 from distill_jax.losses.rows.outcomes import kept_and_tail, outcomes
 from distill_jax.losses.rows.tempering import Temper
+from distill_jax.losses.rows.vocabulary import reads
 from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
 
 
+@reads(TopKTarget)
 def plackett_luce(logits: Array, target: Target, *, temperature: float = 1.0, temper: Temper = "exact") -> Array:
     """sum_k p(pi_k) [log sum_{l>=k} exp z(pi_l) - z(pi_k)], pi = (y, then the teacher's order), z student's logits.
 

@@ -13,17 +13,19 @@ import jax
 import jax.numpy as jnp
 
 from distill_jax.losses.rows.logprob import entropy
-from distill_jax.losses.targets import Target
+from distill_jax.losses.rows.vocabulary import Reads, reads, reads_of
+from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, Target, TopKTarget
 
 Array = Any
 
 
+@reads(Labels, Full, TopKTarget, SampledTarget, Known, whole=True)
 def uncertain(logits: Array, target: Target | None = None, *, threshold: Array) -> Array:
     """1 where the student's entropy H(q) is above `threshold` nats, else 0. logits float32 [N,V] -> float32 [N].
 
     Carries no gradient. As a term of weight 0 it measures the share of tokens that a `Selective` loss takes.
     """
-    above = jax.lax.stop_gradient(entropy(logits)) > threshold
+    above = jax.lax.stop_gradient(entropy(logits)) > jnp.asarray(threshold, logits.dtype)
     return jnp.where(above, jnp.ones((), logits.dtype), jnp.zeros((), logits.dtype))
 
 
@@ -48,6 +50,10 @@ class Selective:
     @property
     def __name__(self) -> str:
         return f"selective {self.loss.__name__}"
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(reads_of(self.loss).kinds, whole=True)
 
     def __call__(self, logits: Array, target: Target, *, threshold: Array, **kwargs: Any) -> Array:
         """logits float32 [N,V], threshold in nats -> float32 [N]."""

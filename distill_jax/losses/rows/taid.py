@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distill_jax.losses.rows.outcomes import log_normalizer, outcomes
-from distill_jax.losses.targets import Target
+from distill_jax.losses.rows.outcomes import log_softmax, outcomes
+from distill_jax.losses.rows.vocabulary import over_outcomes, reads, total
+from distill_jax.losses.targets import Full, Target, TopKTarget
 
 Array = Any
 
 
+@reads(Full, TopKTarget)
 def taid(logits: Array, target: Target, *, t: Array) -> Array:
     """-sum_v p_t(v) log q(v), p_t = softmax((1-t) sg[log q] + t log p), q student, p teacher.
 
@@ -24,5 +26,5 @@ def taid(logits: Array, target: Target, *, t: Array) -> Array:
     log_q, log_p = outcomes(logits, target)
     t = jnp.asarray(t, log_q.dtype)
     mix = (1.0 - t) * jax.lax.stop_gradient(log_q) + t * log_p
-    log_t = jax.lax.stop_gradient(mix - log_normalizer(mix)[:, None])
-    return -jnp.sum(jnp.exp(log_t) * log_q, axis=-1)
+    log_t = jax.lax.stop_gradient(log_softmax(mix, target))
+    return -total(jnp.exp(log_t) * log_q, over_outcomes(target))

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 from distill_jax.core.head import NEG
 from distill_jax.losses.rows.outcomes import kept_and_tail, log_normalizer
+from distill_jax.losses.rows.vocabulary import reads
 from distill_jax.losses.targets import Target, TopKTarget
 
 Array = Any
 
 
+@reads(TopKTarget)
 def truncated_kl(logits: Array, target: Target) -> Array:
     """KL(t || q), t = p / sum of the kept p over the K kept ids, q student. logits float32 [N,V] -> float32 [N].
 
@@ -27,5 +29,6 @@ def truncated_kl(logits: Array, target: Target) -> Array:
     student: Any = kept_and_tail(logits, jnp.where(logprobs > NEG / 2, target.ids, -1), target.grad_dtype)
     log_q = student[0]
     log_p = jnp.where(jax.lax.stop_gradient(log_q) > NEG / 2, logprobs.astype(log_q.dtype), NEG)
-    log_t = jnp.where(log_p > NEG / 2, log_p - log_normalizer(log_p)[:, None], NEG)
+    norm: Array = log_normalizer(log_p)
+    log_t = jnp.where(log_p > NEG / 2, log_p - norm[:, None], NEG)
     return jnp.sum(jnp.exp(log_t) * (log_t - log_q), axis=-1)

@@ -109,6 +109,7 @@ def _paired(logits: Array, teacher: Array, temperature: float) -> Array:
     out = []
     for x in sides:
         z = jnp.where(x > ABSENT, x / temperature, NEG)
-        p = jnp.exp(z - log_normalizer(z)[:, None])
+        norm: Array = log_normalizer(z)
+        p = jnp.exp(z - norm[:, None])
         out.append(jnp.pad(-jnp.sort(-p, axis=-1), ((0, 0), (0, width - x.shape[-1]))))
     return out[0] - out[1]
