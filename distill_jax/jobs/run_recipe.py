@@ -1,6 +1,8 @@
 """Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
 
+import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, 
 from distill_jax.loading import local_folder
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage
 from distill_jax.rollout.reinforce import Reinforce
+from distill_jax.train import peers
 
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
@@ -18,9 +21,11 @@ def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
     if processes.index() == 0:
         write_or_compare(recipe)
         (recipe.folder / "run.json").write_text(json.dumps({"final": _final(recipe)}))
+    peers.current().barrier("the recipe", hashlib.blake2b(recipe.to_yaml().encode(), digest_size=8).hexdigest())
     for stage in recipe.stages:
         folder = recipe.stage_folder(stage.name)
         marker = folder / "done.json"
+        peers.current().barrier(f"stage {stage.name}", seconds=math.inf)
         if marker.is_file():
             echo(f"[{stage.name}] done in {json.loads(marker.read_text())['seconds']:.0f} s, kept")
             continue
