@@ -8,7 +8,9 @@ where process 0 listens as long as the run lasts (`train.peers`); JAX's own serv
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import sys
 import time
@@ -52,8 +54,8 @@ def start_of(environ: Mapping[str, str]) -> Start | None:
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     if "SLURM_PROCID" not in environ or not nodes:
-        raise ValueError(f"SLURM_NTASKS={environ['SLURM_NTASKS']}, but no SLURM_PROCID and node list: start the tasks with "
-                         "srun, or set SLURM_NTASKS=1 to run alone")
+        raise ValueError(f"SLURM_NTASKS={environ['SLURM_NTASKS']}, but no SLURM_PROCID and node list: start the tasks "
+                         "with srun, or set SLURM_NTASKS=1 to run alone")
     step = environ.get("SLURM_STEP_ID", "0")
     return Start(host=slurm.first_host(nodes), processes=int(environ["SLURM_NTASKS"]),
                  port=slurm.port(int(environ.get("SLURM_JOB_ID", "0")), int(step) if step.isdigit() else 0),
@@ -103,10 +105,22 @@ def _initialize(limit: float, heartbeat: float, **kwargs: Any) -> None:
     """Start JAX's service. It would wait longer than we do: who is gone is said by us."""
     import jax
 
+    _delay_abort()
     jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM for itself; `train.votes` handles it
     patience = int(max(100, 3 * heartbeat))
     jax.distributed.initialize(**kwargs, initialization_timeout=max(1, int(limit)), shutdown_timeout_seconds=patience,
                                heartbeat_timeout_seconds=patience)
+
+
+def _delay_abort() -> None:
+    """When process 0 is gone, JAX's service aborts this process, and the exit code would be whose thread is first. So
+    an abort sleeps before it ends the process: `sleep(6)` as the handler of SIGABRT, which is signal 6. (A callback in
+    its place cannot be given: jaxlib 0.10 and 0.11 fail to convert its argument.)
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _auto(limit: float, heartbeat: float) -> None:
@@ -152,8 +166,8 @@ def _next_port(port: int) -> int:
 
 @contextlib.contextmanager
 def joined(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Inside the block this process is one of the run's. However it ends, no other process waits for it in vain: after an
-    error they are told and end with RESTART, and this one does not wait for them."""
+    """Inside the block this process is one of the run's. However it ends, no other process waits for it in vain: after
+    an error they are told and end with RESTART, and this one does not wait for them."""
     try:
         join(environ)
         yield

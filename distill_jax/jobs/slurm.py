@@ -27,8 +27,8 @@ def tasks_on(node: int, tasks: str) -> int:
 
 
 def local_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """Numbers of the GPUs that this task uses, None for all that it sees. Only where it sees those of the other tasks of
-    its node too (no --gpus-per-task) they are shared out. Raises ValueError where that does not come out even."""
+    """Numbers of the GPUs that this task uses, None for all that it sees. Only where it sees those of the other tasks
+    of its node too (no --gpus-per-task) they are shared out. Raises ValueError where that does not come out even."""
     tasks = tasks_on(int(environ.get("SLURM_NODEID", "0")),
                      environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE", "1"))
     visible = [v for v in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
@@ -36,7 +36,7 @@ def local_devices(environ: Mapping[str, str]) -> list[int] | None:
     if tasks < 2 or len(visible) < 2 or len(visible) != given:
         return None
     if len(visible) % tasks:
-        raise ValueError(f"{len(visible)} GPUs do not divide over the {tasks} tasks of this node; start as many tasks as "
-                         "GPUs, or give each its own with --gpus-per-task")
+        raise ValueError(f"{len(visible)} GPUs do not divide over the {tasks} tasks of this node; start as many tasks "
+                         "as GPUs, or give each its own with --gpus-per-task")
     share, task = len(visible) // tasks, int(environ["SLURM_LOCALID"])
     return list(range(task * share, (task + 1) * share))
