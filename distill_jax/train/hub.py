@@ -137,6 +137,7 @@ class Hub:
             self._take(member, message)
 
     def _take(self, member: Member, message: Message) -> None:
+        member.where = message.get("where", member.where)
         if "hello" in message:
             self._welcome(member, message)
         elif member.number < 0:
@@ -149,7 +150,6 @@ class Hub:
                 self._lost(f"{member} ended at {member.where}: {message['why']}", GRACE)
             elif all(m.left for m in self.members.values()):
                 self.ended = True
-        member.where = message.get("where", member.where)
 
     def _welcome(self, member: Member, message: Message) -> None:
         number, place = message["hello"], str(message["place"])
