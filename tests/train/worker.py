@@ -1,7 +1,7 @@
 """One process of a training run: `python -m tests.train.worker FOLDER STEPS --process 0 --processes 2 --devices 4`.
 
-Trains the tiny model on synthetic batches, read ahead by Grain, over a mesh of all devices. SLOW=seconds stretches each
-batch, so that a test can send signals in the middle.
+Trains the tiny model on synthetic batches, read ahead by Grain, over a mesh of all devices. SLOW=seconds
+stretches each batch, so that a test can send signals in the middle; HANG=step is one that process 1 never makes.
 """
 
 import argparse
@@ -49,6 +49,8 @@ def train(args: argparse.Namespace) -> None:
     class Slow(Synthetic):
         def batch(self, step):
             time.sleep(float(os.environ.get("SLOW", "0")))
+            if str(step) == os.environ.get("HANG") and jax.process_index() == 1:
+                time.sleep(1000)
             return super().batch(step)
 
     def serve(source, start, share, shares):
