@@ -9,6 +9,7 @@ where process 0 listens as long as the run lasts (`train.peers`); JAX's own serv
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -110,6 +111,7 @@ def _initialize(limit: float, heartbeat: float, **kwargs: Any) -> None:
     patience = int(max(100, 3 * heartbeat))
     jax.distributed.initialize(**kwargs, initialization_timeout=max(1, int(limit)), shutdown_timeout_seconds=patience,
                                heartbeat_timeout_seconds=patience)
+    jax.devices()  # found by all together; later one process may work while the others wait
 
 
 def _delay_abort() -> None:
@@ -171,7 +173,7 @@ def joined(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     try:
         join(environ)
         yield
-        peers.current().barrier("the end of the run")
+        peers.current().barrier("the end of the run", seconds=math.inf)
         peers.current().leave()
     except BaseException as e:
         if peers.current() is peers.ALONE:

@@ -148,8 +148,8 @@ class Hub:
             member.left = True
             if message["bye"]:
                 self._lost(f"{member} ended at {member.where}: {message['why']}", GRACE)
-            elif all(m.left for m in self.members.values()):
-                self.ended = True
+            self._send(member, {"pass": "bye"})
+            self.ended = all(m.left for m in self.members.values())
 
     def _welcome(self, member: Member, message: Message) -> None:
         number, place = message["hello"], str(message["place"])
@@ -176,7 +176,7 @@ class Hub:
             meeting.until = time.monotonic() + seconds
         meeting.values[member.number] = message["value"]
         if len(meeting.values) < self.processes:
-            return
+            return self._check_apart()
         del self._meetings[name]
         others = [n for n, v in sorted(meeting.values.items()) if v != meeting.values[0]]
         if others:
@@ -185,6 +185,13 @@ class Hub:
                        "do all processes see the same run folder and start with the same arguments?")
         else:
             self._tell({"pass": name})
+
+    def _check_apart(self) -> None:
+        """Whether all wait, but not at one place."""
+        if sum(len(m.values) for m in self._meetings.values()) == self.processes:
+            places = [f"{name}: {', '.join(map(str, sorted(m.values)))}" for name, m in self._meetings.items()]
+            self._lost(f"processes wait for each other at different places ({'; '.join(places)}); were all started "
+                       "with the same command, and do all see the same run folder?")
 
     def _check(self, now: float) -> None:
         """Whose time is up."""

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from distill_jax.train.hub import Hub, Lines, Message, send
@@ -68,6 +68,17 @@ def become(peers: Peers) -> None:
     _current = peers
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block this process works without the others, who wait for it elsewhere."""
+    ours = current()
+    become(ALONE)
+    try:
+        yield
+    finally:
+        become(ours)
+
+
 def seconds_of(name: str, default: float) -> float:
     """A positive number of seconds from the environment. Raises ValueError for anything else."""
     text = os.environ.get(name) or str(default)
@@ -117,6 +128,8 @@ class Connected:
     def leave(self, code: int = 0, why: str = "") -> None:
         self._left = True
         self._say({"bye": code, "why": why})
+        with self._changed:  # process 0 may end only when the others have been told
+            self._changed.wait_for(lambda: "bye" in self._passed or self.lost, timeout=2.0)
 
     def _say(self, message: Message) -> None:
         with self._writing, contextlib.suppress(OSError):  # a broken connection is noticed by the thread

@@ -74,7 +74,8 @@ def test_environments_that_make_no_sense(environ, line):
 
 @pytest.mark.parametrize("options,line", [
     (["--processes", "2"], "DISTILL_JAX_PROCESSES without DISTILL_JAX_COORDINATOR, DISTILL_JAX_PROCESS"),
-    (["--coordinator", "nowhere.invalid:9", "--processes", "2", "--process", "1"], "'nowhere.invalid' does not resolve")])
+    (["--coordinator", "nowhere.invalid:9", "--processes", "2", "--process", "1"],
+     "'nowhere.invalid' does not resolve")])
 def test_options_of_the_command(tmp_path, capsys, monkeypatch, options, line):
     monkeypatch.setenv("DISTILL_JAX_START_SECONDS", "0.3")
     with pytest.raises(SystemExit) as end:

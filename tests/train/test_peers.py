@@ -103,7 +103,7 @@ def test_told_of_another_number_of_processes():
 
 def test_a_late_process_is_not_let_into_a_run_that_has_begun():
     found, _, port = meet((0, 1), 2)
-    with pytest.raises(Absent, match="process 1 .* came after the run had begun with all its 2 processes"):
+    with pytest.raises(Absent, match=r"process 1 .* came after the run had begun with all its 2 processes"):
         call_roll("localhost", port, 1, 2, start_seconds=5, heartbeat=20)
     assert all_at([peer for peer, _ in found], "on") == [None, None]
 
@@ -159,6 +159,16 @@ def test_what_they_bring_to_a_barrier_must_be_equal():
     assert all("has checkpoint None; do all processes see the same run folder" in str(e) for e in errors)
 
 
+def test_waiting_for_each_other_at_different_places():
+    ours, _ = connected((0, 1), 2)
+    with ThreadPoolExecutor(2) as pool:
+        waits = [pool.submit(peer.barrier, name, "", 60.0) for peer, name in zip(ours, ("stage a", "stage b"))]
+        errors = [w.exception(20) for w in waits]
+    for error in errors:
+        assert isinstance(error, Absent) and "at different places (stage" in str(error)
+        assert "stage a: 0" in str(error) and "stage b: 1" in str(error)
+
+
 def test_a_process_that_is_gone_is_noticed_at_once():
     ours, lost = connected((0, 1, 2), 3)
     ours[1]._lines.sock.shutdown(socket.SHUT_RDWR)
@@ -198,7 +208,7 @@ def test_waiting_for_one_that_has_left():
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "nan"])
 def test_seconds_that_are_none(monkeypatch, text):
     monkeypatch.setenv("DISTILL_JAX_STALL_SECONDS", text)
-    with pytest.raises(ValueError, match="DISTILL_JAX_STALL_SECONDS=.*expected a positive number of seconds"):
+    with pytest.raises(ValueError, match=r"DISTILL_JAX_STALL_SECONDS=.*expected a positive number of seconds"):
         Watchdog()
 
 
