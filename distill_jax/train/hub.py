@@ -83,6 +83,7 @@ class Hub:
         self.processes, self.heartbeat, self.offer = processes, heartbeat, offer
         self.start_seconds = start_seconds
         self.started, self.ended = False, False
+        self._failed, self._failed_at = "", 0.0
         self._began = time.monotonic()
         self._meetings: dict[str, Meeting] = {}
         self._open: list[Member] = []
@@ -90,14 +91,15 @@ class Hub:
         listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, None)
-        threading.Thread(target=self._run, name="hub", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="hub", daemon=True)
+        self.thread.start()
 
     @property
     def members(self) -> dict[int, Member]:
         return {m.number: m for m in self._open if m.number >= 0}
 
     def _run(self) -> None:
-        tick = min(1.0, self.heartbeat / 6)
+        tick = min(0.5, self.heartbeat / 6)
         beat = 0.0
         while not self.ended:
             for key, _ in self._selector.select(tick):
@@ -154,6 +156,8 @@ class Hub:
     def _welcome(self, member: Member, message: Message) -> None:
         number, place = message["hello"], str(message["place"])
         said = f"process {number} ({place})"
+        if self._failed:
+            return self._refuse(member, self._failed)
         if self.started:
             return self._refuse(member, f"{said} came after the run had begun with all its {self.processes} "
                                         "processes; end what is left of the old run, or give this one another port")
@@ -195,6 +199,9 @@ class Hub:
 
     def _check(self, now: float) -> None:
         """Whose time is up."""
+        if self._failed:
+            self.ended = now - self._failed_at > 0.5  # who is just coming is told too
+            return
         if not self.started:
             if now - self._began > self.start_seconds:
                 self._fail(None, self._absent())
@@ -228,14 +235,14 @@ class Hub:
             self._refuse(member, text)
         for other in list(self._open):
             self._refuse(other, text, absent=member is None)
-        self.ended = True
+        self._failed, self._failed_at = text, time.monotonic()
 
     def _refuse(self, member: Member, text: str, absent: bool = False) -> None:
         self._send(member, {"refused": text, "absent": absent or self.started})
         self._close(member)
 
     def _tell(self, message: Message) -> None:
-        for member in list(self.members.values()):
+        for _, member in sorted(self.members.items(), reverse=True):  # process 0 last: with it ends the hub
             self._send(member, message)
 
     def _send(self, member: Member, message: Message) -> None:

@@ -191,12 +191,14 @@ def call_roll(host: str, port: int, process: int, processes: int, *, start_secon
     Raises ValueError for what a person must change (port, address, numbers), Absent for processes that did not come.
     """
     until = time.monotonic() + start_seconds
+    hub = None
     if process == 0:
-        Hub(listener or listen(port), processes, start_seconds=start_seconds, heartbeat=heartbeat, offer=offer())
+        hub = Hub(listener or listen(port), processes, start_seconds=start_seconds, heartbeat=heartbeat, offer=offer())
         host = "localhost"
     sock = _connect(host, port, until, start_seconds)
     place = f"{socket.gethostname()}, pid {os.getpid()}"
-    send(sock, {"hello": process, "processes": processes, "place": place})
+    with contextlib.suppress(OSError):  # said by the next read
+        send(sock, {"hello": process, "processes": processes, "place": place})
     lines, at = Lines(sock), f"{host}:{port}"
     while True:
         sock.settimeout(max(1.0, until + heartbeat - time.monotonic()))  # the hub says who is absent, and is given time
@@ -211,6 +213,8 @@ def call_roll(host: str, port: int, process: int, processes: int, *, start_secon
             raise Absent(f"{at} takes connections, but says nothing: process 0 hangs, or another program is there")
         for i, message in enumerate(messages):
             if "refused" in message:
+                if hub is not None:
+                    hub.thread.join(2.0)  # it tells those who are just coming
                 raise (Absent if message["absent"] else ValueError)(message["refused"])
             if "go" in message:
                 sock.settimeout(None)
