@@ -1,6 +1,8 @@
 """Run a recipe: its stages in order, each once. Started again, it continues where it was stopped."""
 
+import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,29 +13,50 @@ from distill_jax.jobs.context import Echo, RunContext, Stopped, Stopwatch, say, 
 from distill_jax.loading import local_folder
 from distill_jax.recipe import AnyStage, Call, Generate, Recipe, Score, Stage
 from distill_jax.rollout.reinforce import Reinforce
+from distill_jax.train import peers
 
 
 def run_recipe(recipe: Recipe, echo: Echo = say) -> bool:
-    """Run every stage that is not done. Returns False when a stage was stopped and will continue at the next start."""
+    """Run every stage that is not done. Returns False when a stage was stopped and will continue at the next start.
+
+    Training takes all processes of a run, any other stage is run by process 0.
+    """
     if processes.index() == 0:
         write_or_compare(recipe)
         (recipe.folder / "run.json").write_text(json.dumps({"final": _final(recipe)}))
+    peers.current().barrier("the recipe", hashlib.blake2b(recipe.to_yaml().encode(), digest_size=8).hexdigest())
+    ours = peers.current()
     for stage in recipe.stages:
-        folder = recipe.stage_folder(stage.name)
-        marker = folder / "done.json"
-        if marker.is_file():
-            echo(f"[{stage.name}] done in {json.loads(marker.read_text())['seconds']:.0f} s, kept")
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        echo(f"[{stage.name}] start")
-        with Stopwatch(folder / "time.json") as watch:
-            try:
-                result = _run(stage, RunContext(recipe=recipe, folder=folder, say=echo, watch=watch))
-            except Stopped as stop:
-                echo(f"[{stage.name}] stopped: {stop}")
-                return False
-        write_json(marker, {"seconds": watch.total, "result": result})
-        echo(f"[{stage.name}] done in {watch.total:.0f} s")
+        ours.barrier(f"stage {stage.name}", seconds=math.inf)
+        if isinstance(stage, Stage) or ours.processes == 1:
+            finished = _once(stage, recipe, echo)
+        elif ours.process == 0:  # the work of one process: the others wait at the next stage
+            with peers.alone():
+                finished = _once(stage, recipe, echo)
+        else:
+            finished = True
+        if not finished:
+            return False
+    return True
+
+
+def _once(stage: AnyStage, recipe: Recipe, echo: Echo) -> bool:
+    """Run a stage unless it is done; False when it was stopped."""
+    folder = recipe.stage_folder(stage.name)
+    marker = folder / "done.json"
+    if marker.is_file():
+        echo(f"[{stage.name}] done in {json.loads(marker.read_text())['seconds']:.0f} s, kept")
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    echo(f"[{stage.name}] start")
+    with Stopwatch(folder / "time.json") as watch:
+        try:
+            result = _run(stage, RunContext(recipe=recipe, folder=folder, say=echo, watch=watch))
+        except Stopped as stop:
+            echo(f"[{stage.name}] stopped: {stop}")
+            return False
+    write_json(marker, {"seconds": watch.total, "result": result})
+    echo(f"[{stage.name}] done in {watch.total:.0f} s")
     return True
 
 

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from distill_jax.core import tree
+from distill_jax.train import peers
 from distill_jax.train.state import TrainState, shape_of
 
 Tree = Any
@@ -142,11 +143,20 @@ def restore_item(path: Any, target: Tree) -> Tree:
     path = epath.Path(path)
     _must_exist(path)
     _check_fits(path, _metadata(path), target)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         try:
             return checkpointer.restore(path, target)
         except ValueError as e:  # of tensorstore, whose second line is a place in its source
             raise damaged(path, str(e)) from e
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """One that waits for all processes, or, where this one works alone (`peers.alone`), for none."""
+    if jax.process_count() == 1 or peers.current() is not peers.ALONE:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    return ocp.StandardCheckpointer(multiprocessing_options=ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone{me}"))
 
 
 def _must_exist(path: Any) -> None:
@@ -161,7 +171,7 @@ def _metadata(path: Any) -> Tree:
     level = log.level
     log.setLevel(logging.ERROR)  # items of a step carry no timestamps of their own, and Orbax warns about it
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             found = checkpointer.metadata(path).item_metadata
     except (ValueError, FileNotFoundError) as e:
         raise damaged(path, str(e)) from e

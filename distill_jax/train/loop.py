@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill_jax.core import tree
 from distill_jax.core.batch import Batch
 from distill_jax.models.lora import BASE
+from distill_jax.train import peers
 from distill_jax.train.checkpoint import Checkpoints
 from distill_jax.train.feed import BatchSource, Feed, Serve, place_global, serve_plain
 from distill_jax.train.metrics import Reporter
 from distill_jax.train.state import TrainState
 from distill_jax.train.step import Metrics, StepConfig, make_step
 from distill_jax.train.votes import SAVE, STOP, Votes
+from distill_jax.train.watchdog import Watchdog
 from distill_jax.train.window import Window
 
 Tree = Any
@@ -124,7 +126,9 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
     reporter = Reporter(run.folder / "metrics", total=run.steps, name=run.name, terms=tuple(config.objective.terms),
                         writes=jax.process_index() == 0)
+    watchdog = Watchdog()
     try:
+        peers.current().barrier(f"{run.name}: start", f"checkpoint {checkpoints.latest} of recipe {run.identity}")
         state, start = _resume(checkpoints, state, run)
         if check is not None and start == 0:
             check(source.batch(0))
@@ -133,11 +137,12 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
             reporter.say(f"resumed at update {start} of {run.steps}")
         votes = Votes(config.mesh)
         loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}), serve, steering,
-                     outer)
-        with votes.listening():
+                     outer, watchdog)
+        with votes.listening(), watchdog.watching():
             if start < run.steps:
                 state, start = loop.updates(state, dict(frozen or {}), start)
         checkpoints.wait()
+        peers.current().barrier(f"{run.name}: end", str(start))
         if start < run.steps:
             why = votes.signal or "a signal to another process"
             reporter.say(f"{why}: saved after update {start} of {run.steps}; the same command resumes")
@@ -175,6 +180,7 @@ class _Loop:
     serve: Serve
     steering: Steering | None = None
     outer: Outer | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog)
     bad_in_a_row: int = 0
     bases: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
@@ -213,6 +219,7 @@ class _Loop:
                 votes.want(SAVE)
             due = bool(run.save_every) and done % run.save_every == 0
             if due or stop or done == run.steps or (decision == SAVE and done - saved_at > AHEAD):
+                peers.current().barrier(f"{run.name}: checkpoint {done}")
                 self.checkpoints.save(done, state, {"identity": run.identity, "data_step": done})
                 votes.saved()
                 saved_at, saved_time = done, time.monotonic()
@@ -225,7 +232,8 @@ class _Loop:
             steered = jax.device_get(state.controllers[STEERED])
             if steer:
                 began = time.perf_counter()
-                steered = self.steering.update(steered, {**state.params, **self.bases}, done)
+                with self.watchdog.paused():
+                    steered = self.steering.update(steered, {**state.params, **self.bases}, done)
                 placed = jax.device_put(steered, NamedSharding(self.config.mesh, PartitionSpec()))
                 state = dataclasses.replace(state, controllers={**state.controllers, STEERED: placed})
                 numbers = self.steering.numbers(steered)
@@ -249,6 +257,8 @@ class _Loop:
         Waiting here keeps the host at most AHEAD steps in front; with a step queued, the device does not notice.
         """
         jax.block_until_ready(metrics["loss"])
+        self.watchdog.alive()
+        peers.current().note(f"{self.run.name}: update {step + 1}")
         self.window.add(metrics)
         if (step + 1) % self.run.log_every and step + 1 < self.run.steps and not last:
             return
@@ -279,7 +289,8 @@ class _Loop:
         if not due:
             return
         began = time.perf_counter()
-        values = {f"{name}/{key}": float(v) for name, e in due.items() for key, v in e.fn(state).items()}
+        with self.watchdog.paused():
+            values = {f"{name}/{key}": float(v) for name, e in due.items() for key, v in e.fn(state).items()}
         self.reporter.write(done, values)
         self.reporter.say("  ".join(f"{name} {v:.4g}" for name, v in values.items()))
         self.window.pause(time.perf_counter() - began)

@@ -64,4 +64,4 @@ class Votes:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: not Python's

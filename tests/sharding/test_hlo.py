@@ -106,7 +106,7 @@ def test_collectives_of_a_mixed_layout():
     assert gathered == times(2, "all-gather", 2, "layers", halves) + times(
         4, "all-gather", 2, "layers", [(B // 4, K // 2, T, HEAD)])
     assert all(shape != (D, V) for *_, shape in got), "no device has the whole head"
-    assert got["all-gather", 2, "step", (D, V // 2)] == 1, "its part of the vocabulary, over fsdp, for all micro-batches"
+    assert got["all-gather", 2, "step", (D, V // 2)] == 1, "its part of the vocabulary, over fsdp, once"
     moments = jax.tree.leaves(map_with_path(lambda path, x: (path, x.sharding), state.opt_state))
     assert moments
     wanted = param_shardings(make_mesh(fsdp=2, context=2, tensor=2), state.params["student"])

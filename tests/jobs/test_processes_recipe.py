@@ -1,0 +1,74 @@
+"""A whole recipe over two processes by launch/local.sh: training takes both, other stages one; a loss is a restart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill_jax.data.source_specs import Store
+from distill_jax.data.tokenizer import load_tokenizer
+from distill_jax.losses.rows.cross_entropy import cross_entropy
+from distill_jax.objective.term import Term
+from distill_jax.recipe import Call, MeshShape, Recipe, Saving, Stage, Student
+from distill_jax.train.optim import AdamW
+from tests.data.conftest import tiny_folder
+from tests.data.storing import make_store, some_traces
+from tests.jobs.stage_calls import die_once, look, refuse
+from tests.jobs.teachers import teacher_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    tok = load_tokenizer(tiny_folder(root / "tokenizer"))
+    make_store(root / "store", some_traces(24), tok)
+    student = teacher_folder(root / "student", tok)
+    return Stage(name="train", source=Store(path=str(root / "store"), rows=8, seq_len=96), steps=4, log_every=1,
+                 providers={"student": Student(model=str(student))}, terms={"ce": Term(cross_entropy)},
+                 optim=AdamW(peak_lr=0.01, warmup=1), saving=Saving(steps=2, keep=4))
+
+
+def local(tmp_path, stages, *options):
+    recipe = Recipe(name="r", runs=str(tmp_path), mesh=MeshShape(data=1, fsdp=-1), stages=stages)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    done = subprocess.run(
+        [ROOT / "launch/local.sh", path, *options], cwd=ROOT, timeout=500, capture_output=True, text=True,
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+                          "XLA_FLAGS": "--xla_backend_optimization_level=0"})
+    return done, recipe.folder
+
+
+def test_a_process_that_is_lost_is_a_restart_of_all(stage, tmp_path):
+    stages = (stage, Call(name="die", fn=die_once), Call(name="look", fn=look, kwargs={"run": "stage:train"}))
+    done, folder = local(tmp_path, stages, "--restarts", "1", "--devices", "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "process 1: process 0 is gone; ending with code 75" in done.stderr
+    assert "a process was lost; starting all 2 again from the last checkpoint (0 more times)" in done.stderr
+    assert "[train] done" in done.stdout and done.stdout.count("[train] start") == 1
+    said = json.loads((folder / "look" / "done.json").read_text())["result"]
+    assert said == {"width": 16, "steps": [2, 4]}
+    assert (folder / "look" / "looked").read_text() == "once\n", "process 0 alone"
+    lines = (folder / "train" / "metrics" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4], "written by process 0 alone"
+
+
+def test_an_error_is_no_reason_to_start_again(tmp_path):
+    done, folder = local(tmp_path, (Call(name="refuse", fn=refuse),), "--restarts", "3", "--devices", "1")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "error: this stage wants nothing" in done.stderr and "starting all" not in done.stderr
+    assert "ended at" in done.stderr and "ValueError: this stage wants nothing; ending with code 75" in done.stderr
+    assert not (folder / "refuse" / "done.json").exists()
+
+
+@pytest.mark.parametrize("options,line", [
+    (["--processes", "0"], "usage: "), (["--devices", "four"], "--devices four: expected a whole number"),
+    (["--restart", "1"], "unknown option --restart")])
+def test_options_that_make_no_sense(tmp_path, options, line):
+    done = subprocess.run([ROOT / "launch/local.sh", "r.yaml", *options], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and line in done.stderr
