@@ -1,4 +1,4 @@
-"""A store behind Grain's reading threads: damage comes out of the iterator with its place, an object store is a disk."""
+"""A store behind Grain's reading threads: damage comes out with its place, an object store is as good as a disk."""
 
 import jax
 import numpy as np

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill_jax.models.config import ModelConfig
 from distill_jax.sharding import make_mesh, param_shardings
+from distill_jax.traces.store import CorruptShard
 from distill_jax.train.checkpoint import Checkpoints, latest_params, latest_step
 from distill_jax.train.loop import Evaluation, Run, fit
-from distill_jax.traces.store import CorruptShard
 from tests.train.tiny import CE, CONFIG, Synthetic, setup
 
 
