@@ -208,7 +208,7 @@ class _Loop:
             if done < run.steps:
                 if self.steering and done % self.steering.every == 0:
                     state, feed = self.feed(state, done, steer=True)
-                batch = next(feed)  # made and put while the step runs
+                batch = self._next(feed, state, done)  # made and put while the step runs
                 if self.outer and done % self.outer.every == 0:
                     state = self._outer(self.outer, state, frozen, batch, done)
             decision = votes.decision(pending[0][1]) if len(pending) > AHEAD or not votes.shared else 0
@@ -243,6 +243,17 @@ class _Loop:
                 self.window.pause(time.perf_counter() - began)
             self.source = self.steering.source(steered)
         return state, Feed(self.source, self.config.mesh, done, self.serve)
+
+    def _next(self, feed: Feed, state: TrainState, done: int) -> Batch:
+        """The next batch. Where it cannot be read, `state` is saved first: nothing trained is lost to a bad shard."""
+        try:
+            return next(feed)
+        except (ValueError, OSError):
+            if jax.process_count() == 1:  # a save takes all processes, and the others have read theirs
+                self.checkpoints.save(done, state, {"identity": self.run.identity, "data_step": done})
+                self.checkpoints.wait()
+                self.reporter.say(f"the batch of update {done} cannot be read; saved after update {done}")
+            raise
 
     def _outer(self, outer: Outer, state: TrainState, frozen: Mapping[str, Tree], batch: Batch, done: int
                ) -> TrainState:

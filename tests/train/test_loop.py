@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distill_jax.models.config import ModelConfig
 from distill_jax.sharding import make_mesh, param_shardings
+from distill_jax.traces.store import CorruptShard
 from distill_jax.train.checkpoint import Checkpoints, latest_params, latest_step
 from distill_jax.train.loop import Evaluation, Run, fit
 from tests.train.tiny import CE, CONFIG, Synthetic, setup
@@ -210,3 +211,21 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, caplog):
     assert e.value.errno == errno.ENOSPC and "\n" not in str(e.value) and not caplog.records
     monkeypatch.undo()
     made.close()
+
+
+class Unreadable(Synthetic):
+    """Batch 7 stands in a shard that cannot be read."""
+
+    def batch(self, step):
+        if step == 7:
+            raise CorruptShard("a byte differs", shard=3, row=41)
+        return super().batch(step)
+
+
+def test_a_shard_that_cannot_be_read_stops_after_a_save(whole, tmp_path, capsys):
+    with pytest.raises(CorruptShard, match="shard 3, row 41"):
+        train(tmp_path, 12, source=Unreadable())
+    assert latest_step(tmp_path / "checkpoints") == 7
+    assert "the batch of update 7 cannot be read; saved after update 7" in capsys.readouterr().out
+    again = train(tmp_path, 12)  # the shard has been put back
+    assert again.step == 12 and equal(again.state, whole[1].state)

@@ -102,7 +102,7 @@ class TopKCodec:
         total = int(count.sum())
         flat_ids = vocabulary.decode(column(tables["outcomes"], "id", total))
         delta = column(tables["outcomes"], "code", total, self._code.newbyteorder("="))
-        codes = np.cumsum(delta, dtype=delta.dtype)
+        codes = quantise.running_sum(delta)
         lp = quantise.decode(codes, self.precision)
         tails = column(tables["tokens"], "tail", length, np.uint32)
         if self._graded:
@@ -110,9 +110,9 @@ class TopKCodec:
             lp = self._scaled(lp, codes, count, tail)
         else:
             tail = np.where(mask, tails.view(np.float32), np.float32(1))
-        places, shape = _places(count, self.k), (length, self.k)
-        return TopKRow(ids=_spread(flat_ids, places, shape, np.int32(-1)),
-                       logprobs=_spread(lp, places, shape, np.float32(-np.inf)), mask=mask, tail=tail)
+        places = _places(count, self.k)
+        return TopKRow(ids=_spread(flat_ids, places, np.int32(-1)),
+                       logprobs=_spread(lp, places, np.float32(-np.inf)), mask=mask, tail=tail)
 
     def _scaled(self, lp: np.ndarray, codes: np.ndarray, count: np.ndarray, tail: np.ndarray) -> np.ndarray:
         """Log-probs moved by one number a token so that the kept mass is 1 - tail."""
@@ -122,25 +122,26 @@ class TopKCodec:
         begins = np.cumsum(count)[some] - count[some]
         mass = np.add.reduceat(quantise.probabilities(codes, self.precision), begins)
         left = np.maximum(1 - tail[some], np.float32(1e-30))
-        return np.minimum(lp + np.repeat(np.log(left / mass), count[some]), np.float32(0))
+        move = np.log(left / mass)
+        if len(lp) == len(some) * self.k:
+            lp = lp.reshape(-1, self.k) + move[:, None]
+        else:
+            lp = lp + np.repeat(move, count[some])
+        return np.minimum(lp, np.float32(0), out=lp).reshape(-1)
 
 
-def _places(count: np.ndarray, width: int) -> np.ndarray | None:
-    """Where ragged entries, `count` of them a row, stand in a flattened [T, width]; None when they fill it."""
-    total = int(count.sum())
-    if total == len(count) * width:
-        return None
-    before = np.cumsum(count) - count
-    return np.repeat(np.arange(len(count)) * width - before, count) + np.arange(total)
+def _places(count: np.ndarray, width: int) -> np.ndarray:
+    """bool [T,width]: where ragged entries, `count` of them a row, stand."""
+    return np.arange(width) < count[:, None]
 
 
-def _spread(flat: np.ndarray, places: np.ndarray | None, shape: tuple[int, int], empty: Any) -> np.ndarray:
+def _spread(flat: np.ndarray, places: np.ndarray, empty: Any) -> np.ndarray:
     """Ragged entries into their places of an array that is `empty` elsewhere."""
-    if places is None:
-        return flat.reshape(shape)
-    out = np.full(shape[0] * shape[1], empty)
+    if len(flat) == places.size:
+        return flat.reshape(places.shape)
+    out = np.full(places.shape, empty)
     out[places] = flat
-    return out.reshape(shape)
+    return out
 
 
 class TokenCodec:
@@ -212,10 +213,10 @@ class SampledCodec:
         codes = column(tables["outcomes"], "code", total, np.dtype(f"u{self._width}"))
         weights = codes.astype(np.float32) if self.precision == COUNTS else np.exp(
             quantise.decode(codes, self.precision))
-        places, shape = _places(count, self.n), (length, self.n)
-        weights = _spread(weights, places, shape, np.float32(0))
+        places = _places(count, self.n)
+        weights = _spread(weights, places, np.float32(0))
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-30))
-        return SampledRow(ids=_spread(ids, places, shape, np.int32(-1)), weights=weights, mask=kept > 0)
+        return SampledRow(ids=_spread(ids, places, np.int32(-1)), weights=weights, mask=kept > 0)
 
 
 class HiddenCodec:

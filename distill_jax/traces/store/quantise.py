@@ -85,12 +85,49 @@ def decode(codes: np.ndarray, precision: str) -> np.ndarray:
         return codes.view("<f4").astype(np.float32)
     if precision == "f16":
         return codes.view("<f2").astype(np.float32)
-    return _tables(precision)[0][codes]
+    return _looked_up(precision, 0, codes)
 
 
 def probabilities(codes: np.ndarray, precision: str) -> np.ndarray:
     """Codes of a grid to float32 probabilities."""
-    return _tables(precision)[1][codes]
+    return _looked_up(precision, 1, codes)
+
+
+@cache
+def _pair_table(precision: str, which: int) -> np.ndarray:
+    """uint64 [65536]: two neighbouring entries of a one-byte grid's table, by the two codes seen as one uint16."""
+    both = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
+    return _tables(precision)[which][both].view(np.uint64)
+
+
+def _looked_up(precision: str, which: int, codes: np.ndarray) -> np.ndarray:
+    """`_tables(precision)[which][codes]`; codes of one byte two at a time, which takes half as long."""
+    if codes.itemsize > 1 or codes.size % 2 or not codes.flags.c_contiguous:
+        return np.take(_tables(precision)[which], codes)
+    pairs = np.take(_pair_table(precision, which), codes.reshape(-1).view(np.uint16))
+    return pairs.view(np.float32).reshape(codes.shape)
+
+
+_LOW, _HIGH = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x8080808080808080)
+_EACH = np.uint64(0x0101010101010101)
+
+
+def _add_bytes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sums modulo 256 of the eight bytes of each uint64: no carry from one byte into the next."""
+    return ((a & _LOW) + (b & _LOW)) ^ ((a ^ b) & _HIGH)
+
+
+def running_sum(delta: np.ndarray) -> np.ndarray:
+    """`np.cumsum(delta, dtype=delta.dtype)` of unsigned [n]; of bytes eight at a time, which takes half as long."""
+    if delta.dtype != np.uint8 or len(delta) < 64:
+        return np.cumsum(delta, dtype=delta.dtype)
+    words = np.zeros(-(-len(delta) // 8), "<u8")
+    words.view(np.uint8)[:len(delta)] = delta
+    for shift in (8, 16, 32):  # sums within a word
+        words = _add_bytes(words, words << np.uint64(shift))
+    before = np.cumsum(words >> np.uint64(56), dtype=np.uint8)
+    words[1:] = _add_bytes(words[1:], before[:-1] * _EACH)
+    return words.astype("<u8", copy=False).view(np.uint8)[:len(delta)]
 
 
 def encode_tail(tail: np.ndarray) -> np.ndarray:

@@ -45,5 +45,5 @@ class Vocabulary:
         if not n:
             return codes
         if int(codes.max(initial=0)) < n:
-            return self.ids[codes]
+            return np.take(self.ids, codes)
         return np.where(codes < n, self.ids[np.minimum(codes, n - 1)], codes - np.int32(n))
