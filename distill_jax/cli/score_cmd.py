@@ -25,6 +25,8 @@ def score(
                                                "the one the store names")] = "",
     across: Annotated[str, Opt(help="another vocabulary, outcomes the student lacks: match (kept apart, for ULD) or "
                                     "prefix (to the longest token they begin with, for divergences)")] = "match",
+    part: Annotated[str, Opt(help="score part I of N (0/16 to 15/16); auto: the task of a SLURM array, auto/16: or "
+                                  "JOB_COMPLETION_INDEX. `store join` makes the signal")] = "",
     mesh: Annotated[str, Opt(help="device mesh, e.g. data=1,fsdp=-1,tensor=1; default: one device")] = "",
     as_json: Annotated[bool, Opt("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -35,12 +37,14 @@ def score(
     """
     from distill_jax.core.roles import parse_roles
     from distill_jax.jobs.devices import parse_mesh
+    from distill_jax.jobs.parts import Part
     from distill_jax.jobs.score import ScoreJob
     from distill_jax.jobs.score import score as run
 
     job = ScoreJob(store=store, teacher=teacher, signal=signal, name=name, batch_tokens=batch_tokens, dtype=dtype,
                    on=None if on == "all" else parse_roles(on), precision=precision, skip_long=skip_long,
-                   tokenizer=tokenizer, student_tokenizer=student_tokenizer, across=across)
+                   tokenizer=tokenizer, student_tokenizer=student_tokenizer, across=across,
+                   part=Part.parse(part))
     report = run(job, mesh=parse_mesh(mesh))
     print(json.dumps(report, indent=1) if as_json else "\n".join(lines(report)),
           file=sys.stdout if as_json else sys.stderr)
@@ -48,6 +52,10 @@ def score(
 
 def lines(report: dict[str, Any]) -> list[str]:
     """The report for a person."""
+    if "part" in report:
+        return [f"part {report['part']} of signal {report['signal']} is whole: {report['rows']:,} rows in "
+                f"{report['shards']} shards, {report['shards_scored_now']} of them scored now; when all parts are, "
+                f"`distill-jax store join STORE {report['signal']}` makes the signal"]
     where = "stored tokens" if report["attached"] == "tokens" else (
         f"the teacher's own rendering, attached by byte offsets to {report['coverage']:.1%} of the supervised tokens")
     if report["attached"].startswith("groups"):

@@ -52,6 +52,15 @@ def verify(url: Url) -> None:
 
 
 @app.command()
+def join(url: Url, signal: Annotated[str, typer.Argument(help="name of the signal, e.g. topk64")]) -> None:
+    """Make the signal of the parts that `distill-jax score --part I/N` has written; names those that are missing."""
+    from distill_jax.jobs.parts import join as run
+    from distill_jax.traces.store import TraceStore
+
+    print(f"signal {signal}: {run(TraceStore.open(url), signal):,} rows", file=sys.stderr)
+
+
+@app.command()
 def ingest(
     url: Url,
     dump: Annotated[str, typer.Argument(help="JSONL or Parquet: vLLM or SGLang prompt log-probs, OpenAI-style "

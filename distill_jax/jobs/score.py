@@ -28,9 +28,12 @@ from distill_jax.data.align import Alignment, align, gather, require_coverage, t
 from distill_jax.data.cross import byte_map, cross_align, merged, require_same_text
 from distill_jax.data.render import render, template_id
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.jobs.parts import Part, PartFolder, tally_key
 from distill_jax.jobs.progress import Ticker
 from distill_jax.rollout.scoring import Scorer, SignalSpec, Totals
 from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, TokenRow, TraceStore, blank
+from distill_jax.traces.store.heads import write_head
+from distill_jax.traces.store.kv import Kv
 from distill_jax.traces.store.shards import Commit
 from distill_jax.traces.trace import Trace
 
@@ -51,6 +54,7 @@ class ScoreJob:
     student_tokenizer  the store's, asked for when the teacher's vocabulary is another; default: what the store names
     across        outcomes that the student has no id for: "match" keeps them apart (`core.batch.FOREIGN`; for `uld`),
                   "prefix" gives their mass to the longest id their bytes begin with (for divergences)
+    part          score only these shards, into a folder of their own; `jobs.parts.join` makes the signal
     """
 
     store: str
@@ -65,6 +69,7 @@ class ScoreJob:
     tokenizer: str = ""
     student_tokenizer: str = ""
     across: str = "match"
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         SignalSpec.parse(self.signal)
@@ -244,7 +249,10 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
     reader.check()
     scorer = Scorer(model, params, spec, batch_tokens=job.batch_tokens, on=job.on, real=tok.real, mesh=mesh)
     start, tokens, name = time.monotonic(), 0, job.signal_name
-    header = _header(store, job, spec, reader, _identity(job, params, tok), scorer)
+    folder = None if job.part is None else PartFolder(store, name, job.part)
+    header = _header(store.kv if folder is None else folder.kv, job, spec, reader, _identity(job, params, tok), scorer)
+    if folder is not None:
+        return _score_part(folder, scorer, reader, header, ticker)
     with (ticker or Ticker("score", len(store))) as shown, store.signal_writer(name, header) as writer:
         tally = _earlier(store, name, writer.next_row)
         for commit in store.shards:
@@ -252,7 +260,7 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
                 continue
             items = list(reader.shard(commit))
             signals, made = _score_shard(scorer, reader, items, header)
-            store.kv.write_many({_tally_key(name, commit): json.dumps(made.to_json()).encode()})  # before the commit
+            store.kv.write_many({tally_key(name, commit): json.dumps(made.to_json()).encode()})  # before the commit
             for signal in signals:
                 writer.append(signal)
             tally += made
@@ -263,7 +271,32 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
             "tokens_read": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
 
 
-def _header(store: TraceStore, job: ScoreJob, spec: SignalSpec, reader: _Reader, teacher: Mapping[str, Any],
+def _score_part(folder: PartFolder, scorer: Scorer, reader: _Reader, header: SignalHeader,
+                ticker: Ticker | None) -> dict[str, Any]:
+    """The shards of one part that are not there yet. Returns its counts, of this start."""
+    shards, tokens, start = folder.part.of(folder.store.shards), 0, time.monotonic()
+    if folder.joined(header):
+        folder.store.kv.delete(f"parts/{folder.name}/{folder.part.folder}/")  # a head, at most
+        todo = []
+    else:
+        folder.begin(header)
+        done = folder.done()
+        todo = [c for c in shards if c.number not in done]
+    rows = sum(c.rows for c in shards)
+    left = sum(c.rows for c in todo)
+    with ticker or Ticker("score", rows) as shown:
+        for commit in todo:
+            items = list(reader.shard(commit))
+            signals, made = _score_shard(scorer, reader, items, header)
+            folder.write(commit, signals, made.to_json())
+            left -= commit.rows
+            tokens += sum(len(i.source.tokens) for i in items if i.source is not None)
+            shown.at(rows - left, f"{tokens / (time.monotonic() - start):,.0f} tokens/s")
+    return {"signal": folder.name, "part": str(folder.part), "rows": rows, "shards": len(shards),
+            "shards_scored_now": len(todo), "tokens_read": tokens, "seconds": round(time.monotonic() - start, 2)}
+
+
+def _header(kv: Kv, job: ScoreJob, spec: SignalSpec, reader: _Reader, teacher: Mapping[str, Any],
             scorer: Scorer) -> SignalHeader:
     """What the signal says of itself; a hidden one's head is stored on the way."""
     params = {"attached": reader.attached, "dtype": str(jnp.dtype(scorer.model.dtype)),
@@ -277,7 +310,7 @@ def _header(store: TraceStore, job: ScoreJob, spec: SignalSpec, reader: _Reader,
     head, width = None, spec.k
     if spec.kind == "hidden":
         width = scorer.model.config.hidden_size
-        head = store.write_head(job.signal_name, scorer.head)
+        head = write_head(kv, job.signal_name, scorer.head)
     return SignalHeader(kind=spec.kind, k=width, precision=precision, teacher=teacher, params=params, head=head)
 
 
@@ -320,14 +353,10 @@ def _student_tokenizer(store: TraceStore, job: ScoreJob) -> Tokenizer:
     return tok
 
 
-def _tally_key(name: str, commit: Commit) -> str:
-    return f"signals/{name}/tallies/{commit.number:06d}.json"
-
-
 def _earlier(store: TraceStore, name: str, rows: int) -> Tally:
     """Sums of the shards that an earlier start has committed."""
     done = [c for c in store.shards if c.rows and c.first_row < rows]
-    read = store.kv.read_many([_tally_key(name, c) for c in done])
+    read = store.kv.read_many([tally_key(name, c) for c in done])
     return sum((Tally.from_json(json.loads(data)) for data in read if data is not None), Tally())
 
 

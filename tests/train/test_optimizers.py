@@ -151,6 +151,7 @@ def losses(optim, steps=40):
     return np.array(out)
 
 
+@pytest.mark.slow
 def test_curves_of_a_tiny_model():
     """The loss with small moments stays within 2% of AdamW's at every update, and falls by a quarter of its start."""
     exact = losses(AdamW(peak_lr=1e-2, warmup=2))
