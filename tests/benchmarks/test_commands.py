@@ -41,3 +41,31 @@ def test_small_rollout(tmp_path):
     assert usage["ours"]["passes"] < usage["without_both"]["passes"]
     gap = {dtype: said["largest"] for dtype, said in result["log_prob_gap"].items()}
     assert gap["float32"] < 1e-4 and gap["bfloat16"] < 0.5
+
+
+def test_small_train():
+    """Both losses run, and say how fast."""
+    small = ["--sizes", "tiny", "--rows", "2", "--length", "64", "--steps", "1"]
+    command = [sys.executable, "-m", "benchmarks.train", *small]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env={
+        **os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"})
+    about, *rows = map(json.loads, done.stdout.splitlines())
+    assert about["what"] == "run" and [r["loss_kind"] for r in rows] == ["ce", "kd"]
+    assert all(r["tokens_per_second"] > 0 and 0 < r["loss"] < 8 for r in rows)
+
+
+def test_modelled_efficiency_by_hand():
+    """An all-gather of 8 GB among 8 devices of one host sends 7 GB at 450 GB/s; among 16 hosts' replicas 2 * 15/16."""
+    from benchmarks.scaling import Times, mesh_of, seconds_of
+    from distill_jax.jobs.hardware import DEVICES
+    from distill_jax.sharding.hlo import Collective
+
+    device, made = DEVICES["h200"], {"shapes": (), "bytes": 8e9, "loops": (), "op": "", "name": ""}
+    inside = Collective(kind="all-gather", group=8, **made)
+    across = Collective(kind="all-reduce", group=16, **made)
+    assert seconds_of(inside, device, 128) == pytest.approx(7e9 / 450e9)
+    assert seconds_of(across, device, 128) == pytest.approx(2 * 15 / 16 * 8e9 / 50e9)
+    assert mesh_of(device, 128).sizes == {"data": 16, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+    assert mesh_of(DEVICES["v5p"], 128).fsdp == 128
+    times = Times(compute=3.0, sending=1.0)
+    assert times.apart == 0.75 and times.together == 1.0 and Times(compute=1.0, sending=2.0).together == 0.5
