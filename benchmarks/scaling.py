@@ -74,7 +74,7 @@ def times_of(target: Target, size: str, remat: str) -> tuple[Times, float]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [__doc__.split("\n\n")[0], "", " ".join(__doc__.split("\n\n")[1].split()), "",
-             "| device | devices | student | mesh | compute, s | sending, s | sent, GB | efficiency, apart | together |",
+             "| device | devices | student | mesh | compute, s | sending, s | sent, GB | apart | together |",
              "|---|---|---|---|---|---|---|---|---|"]
     for key in sorted(found, key=lambda k: (k.split()[0], found[k]["size"], found[k]["count"])):
         f = found[key]

@@ -1,8 +1,9 @@
 """What a recipe will need before it is launched: bytes, memory per device by category, FLOPs and time.
 
 Formulas, not measurements. Parameters and the optimiser's state are exact; the rest of the memory is `jobs.memory`,
-within a tenth of what the compiler says (`benchmarks/results/planner.md`). Time: FLOPs at an assumed share of the peak
-(`Device.mfu`), or what the layout sends where that takes longer (`jobs.traffic`). `jobs.compiled` asks the compiler.
+within a tenth of what the compiler says where the mesh divides the model (`benchmarks/results/planner.md`). Time: FLOPs
+at an assumed share of the peak (`Device.mfu`), or what the layout sends where that takes longer (`jobs.traffic`).
+`jobs.compiled` asks the compiler.
 """
 
 import dataclasses

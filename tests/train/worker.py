@@ -19,7 +19,7 @@ def main() -> None:
     p.add_argument("--devices", type=int, default=1)
     p.add_argument("--port", type=int, default=0)
     p.add_argument("--save-every", type=int, default=5)
-    p.add_argument("--mesh", default="data=-1,fsdp=2")
+    p.add_argument("--mesh", default="", help="data=-1,fsdp=2 where there are several devices")
     p.add_argument("--cache", default="")
     args = p.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,7 +57,8 @@ def train(args: argparse.Namespace) -> None:
         rows = lambda step, rows: jax.tree.map(lambda x: x[rows], source.batch(step))
         return Served(rows, source.batch_size, start, share, shares)
 
-    sizes = dict(item.split("=") for item in args.mesh.split(","))
+    mesh = args.mesh or f"data=-1,fsdp={2 if jax.device_count() > 1 else 1}"
+    sizes = dict(item.split("=") for item in mesh.split(","))
     config, state = setup(CE, make_mesh(**{axis: int(size) for axis, size in sizes.items()}), total=20)
     run = Run(folder=args.folder, steps=args.steps, log_every=1, save_every=args.save_every)
     fit(config, state, Slow(), run, serve=serve)
