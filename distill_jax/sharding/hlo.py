@@ -18,7 +18,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
-_NAMED = re.compile(r"replica_groups=\w+\[([^\]]*)\] \{([^}]*)\}")
+_NAMED = re.compile(r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +96,24 @@ def _loops(computations: dict[str, list[str]]) -> dict[str, list[tuple[int | Non
                 continue
             inner = around
             if op[3] == "while":
-                trips = _TRIPS.search(line)
-                inner = (*around, int(trips[1]) if trips else None)
+                inner = (*around, _turns(line, computations))
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [b.strip().lstrip("%") for b in branches.split(",")]
             todo += [(c, inner) for c in called if c in computations]
     return out
+
+
+def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Turns of a while loop: as XLA notes them, or the one constant that its condition compares with (TPU)."""
+    if trips := _TRIPS.search(line):
+        return int(trips[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    text = "\n".join(computations.get(condition[1], [])) if condition else ""
+    for callee in _CALLED.findall(text):
+        text += "\n" + "\n".join(computations.get(callee, []))
+    limits = set(re.findall(r"s32\[\]\S* constant\((\d+)\)", text))
+    return int(limits.pop()) if len(limits) == 1 else None
 
 
 def _group(kind: str, line: str) -> int:
@@ -112,17 +123,18 @@ def _group(kind: str, line: str) -> int:
         return listed[1].count(",") + 1
     if named := _NAMED.search(line):  # mesh['a'=4,'b'=2] {'a'}: groups along these axes
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # a part of an axis is 'a':(1)2
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
     iota = _IOTA.search(line)
     return int(iota[2]) if iota else 1
 
 
 def _read(op: re.Match[str], kind: str, group: int, around: tuple[int | None, ...], line: str) -> Collective:
     arrays = [(d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _ARRAY.findall(op[2]) if d in BYTES]
-    if op[3] == "all-gather-start":  # (operands, results)
-        arrays = arrays[len(arrays) // 2:]
-    elif op[3] == "collective-permute-start":  # (operand, result, ...)
+    if op[3] == "collective-permute-start":  # (operand, result, ...)
         arrays = arrays[1:2]
+    elif op[3].endswith("-start") and kind != "all-reduce":  # (operands, results)
+        arrays = arrays[len(arrays) // 2:]
     size = sum(BYTES[d] * math.prod(shape) for d, shape in arrays)
     where = re.search(r'op_name="([^"]*)"', line)
     whole = size * group if kind == "reduce-scatter" else size

@@ -119,3 +119,36 @@ def _pairs(tree):
     out = []
     map_with_path(lambda path, x: out.append((path, x.sharding)), tree)
     return out
+
+
+PROGRAM = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = bf16[16,4]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
+  %r = (f32[8]{0}, f32[4]{0}) reduce-scatter-start(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %t = (s32[], f32[8]) tuple(%i, %z)
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%init), condition=%cond, body=%body
+  %all = f32[8]{0} all-reduce(%v), replica_groups=mesh['x'=2,'y'=4], device_ids=([2,4]T(1,0)) {'y':(1)2}, to_apply=%add
+  %alone = f32[8]{0} all-reduce(%v), replica_groups={{0},{1}}, to_apply=%add
+  ROOT %p = f32[8]{0} collective-permute(%all), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_reading_hlo_by_hand():
+    found = {c.name: (c.kind, c.bytes, c.group, c.loops, c.sent) for c in collectives(PROGRAM)}
+    assert found == {
+        "g": ("all-gather", 128, 2, (5,), 0.5 * 128 * 5), "r": ("reduce-scatter", 32, 2, (5,), 0.5 * 32 * 5),
+        "all": ("all-reduce", 32, 2, (), 32.0), "p": ("collective-permute", 32, 2, (), 32.0)}
