@@ -127,7 +127,7 @@ class PartFolder:
 
     def write(self, commit: Commit, signals: Sequence[SignalRow], tally: Mapping[str, Any]) -> None:
         """A shard's rows and sums, at once."""
-        arrays = {TALLY: np.frombuffer(json.dumps(tally).encode(), np.uint8)}
+        arrays: dict[str, np.ndarray] = {TALLY: np.frombuffer(json.dumps(tally).encode(), np.uint8)}
         for i, signal in enumerate(signals):
             for field, value in signal.arrays().items():
                 narrow = value.dtype == ml_dtypes.bfloat16  # which npz does not know

@@ -40,6 +40,7 @@ def splash(q: Array, k: Array, v: Array, layout: Layout, score: Score) -> Array:
             block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block))
     scaled = (q.astype(jnp.float32) * score.scale).astype(q.dtype)
     arrays = (pad(scaled, 2), pad(k, 2), pad(v, 2))
+    out: Array
     if layout.q_segments is None:
         out = jax.vmap(run)(*arrays)
     else:

@@ -133,7 +133,8 @@ class Transformer(nn.Module):
         taps          layers (0 to L-1, negative from the end) whose outputs to return
         """
         c = self.config
-        length = (tokens if inputs_embeds is None else inputs_embeds).shape[1]
+        given: Any = tokens if inputs_embeds is None else inputs_embeds
+        length = given.shape[1]
         parts = context_parts(length) if cache is None else 1
         order = np.arange(length, dtype=np.int32) if parts == 1 else zigzag(length, parts)
         if positions is None and cache is None:
