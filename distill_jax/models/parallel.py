@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.scores import Layout
 from distill_jax.sharding import active_rules, auto_axes, fit_spec
+from distill_jax.sharding.rules import axes_of, entries
 
 Array = Any
 Attend = Callable[[Array, Array, Array, Layout], Array]
@@ -35,9 +36,9 @@ def lookup(table: Array, tokens: Array, dtype: Any) -> Array:
     never the table: each device looks up its part of the width for the rows of all, and they are exchanged.
     """
     sizes = auto_axes()
-    vocab, width = _entries(fit_spec(active_rules().param_spec("embed/embedding"), table.shape, sizes), 2)
-    rows, columns = _entries(fit_spec(active_rules().activation_spec("tokens"), tokens.shape, sizes), 2)
-    if not (vocab or width) or (width and width not in _axes(rows)):
+    vocab, width = entries(fit_spec(active_rules().param_spec("embed/embedding"), table.shape, sizes), 2)
+    rows, columns = entries(fit_spec(active_rules().activation_spec("tokens"), tokens.shape, sizes), 2)
+    if not (vocab or width) or (width and width not in axes_of(rows)):
         return jnp.take(table, tokens, axis=0).astype(dtype)
 
     def local(table: Array, ids: Array) -> Array:
@@ -58,7 +59,7 @@ def lookup(table: Array, tokens: Array, dtype: Any) -> Array:
 def spread(attend: Attend, q: Array, k: Array, v: Array, layout: Layout) -> Array:
     """`attend(q, k, v, layout)` of whole arrays, each device on its share; q [B,H,T,d], k and v [B,K,T,d]."""
     sizes = auto_axes()
-    rows, heads, columns = _entries(fit_spec(active_rules().activation_spec("heads"), q.shape, sizes), 4)[:3]
+    rows, heads, columns = entries(fit_spec(active_rules().activation_spec("heads"), q.shape, sizes), 4)[:3]
     if not (rows or heads or columns):
         return attend(q, k, v, layout)
     groups = q.shape[1] // k.shape[1]
@@ -121,7 +122,7 @@ def zigzag(tokens: int, parts: int) -> np.ndarray:
 
 def straightened(x: Array, parts: int) -> Array:
     """States [B,T,D] in zig-zag order, cut over `context`, back in the order of the row: two sends of half a part."""
-    rows = _entries(fit_spec(active_rules().activation_spec("hidden"), x.shape, auto_axes()), 3)[0]
+    rows = entries(fit_spec(active_rules().activation_spec("hidden"), x.shape, auto_axes()), 3)[0]
     home = lambda piece: min(piece, 2 * parts - 1 - piece)  # device that has a piece in zig-zag order
 
     def local(x: Array) -> Array:
@@ -133,11 +134,3 @@ def straightened(x: Array, parts: int) -> Array:
 
     spec = P(rows, "context", None)
     return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(x)
-
-
-def _entries(spec: P, length: int) -> list[Any]:
-    return [*spec, *[None] * (length - len(spec))]
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else tuple(entry or ())

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from distill_jax.sharding.rules import active_rules, fit_spec
+from distill_jax.sharding.rules import active_rules, axes_of, entries, fit_spec
 
 Array = Any
 P = PartitionSpec
@@ -35,11 +35,11 @@ def map_experts(local: Local, x: Array, ids: Array, shares: Array, kernels: Mapp
     sizes = {a: n for a, n, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types) if kind == AxisType.Auto}
     if all(n == 1 for n in sizes.values()):
         return local(flat(x), flat(ids), flat(shares), kernels, 0).reshape(x.shape)
-    rows = P(*_padded(fit_spec(active_rules().activation_spec("hidden"), x.shape, sizes), 2), None)
-    cut = {axis for entry in rows for axis in _axes(entry)}  # axes that x is cut over
+    rows = P(*entries(fit_spec(active_rules().activation_spec("hidden"), x.shape, sizes), 2), None)
+    cut = {axis for entry in rows for axis in axes_of(entry)}  # axes that x is cut over
     specs = {name: _kernel_spec(name, k.shape, sizes, cut) for name, k in kernels.items()}
-    owners = _axes(next(iter(specs.values()))[0])  # axes the experts are cut over
-    partial = {a for name, spec in specs.items() for a in _axes(spec[INNER[name]])} - cut
+    owners = axes_of(next(iter(specs.values()))[0])  # axes the experts are cut over
+    partial = {a for name, spec in specs.items() for a in axes_of(spec[INNER[name]])} - cut
 
     def one(x: Array, ids: Array, shares: Array, kernels: Mapping[str, Array]) -> Array:
         kernels = {name: _gather_inside(k, specs[name], cut) for name, k in kernels.items()}
@@ -62,9 +62,9 @@ def map_experts(local: Local, x: Array, ids: Array, shares: Array, kernels: Mapp
 def _kernel_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], cut: set[str]) -> PartitionSpec:
     """Of one layer's kernel [E,in,out] inside: the inner dimension F may be a part; D is whole or gathered inside."""
     rule = P(*tuple(active_rules().param_spec(f"layers/moe/{name}/kernel"))[1:])
-    spec = list(_padded(fit_spec(rule, shape, sizes), 3))
+    spec = entries(fit_spec(rule, shape, sizes), 3)
     width = 3 - INNER[name]
-    if set(_axes(spec[width])) - cut:  # rows that their axes do not divide: the compiler gathers
+    if set(axes_of(spec[width])) - cut:  # rows that their axes do not divide: the compiler gathers
         spec[width] = None
     return P(*spec)
 
@@ -72,15 +72,7 @@ def _kernel_spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], cu
 def _gather_inside(kernel: Array, spec: PartitionSpec, cut: set[str]) -> Array:
     """The kernel whole along the axes that cut rows (FSDP): its gradient is reduce-scattered there."""
     for dim, entry in enumerate(tuple(spec)):
-        axes = tuple(a for a in _axes(entry) if a in cut)
+        axes = tuple(a for a in axes_of(entry) if a in cut)
         if dim and axes:
             kernel = jax.lax.all_gather(kernel, axes, axis=dim, tiled=True)
     return kernel
-
-
-def _padded(spec: PartitionSpec, length: int) -> tuple[Any, ...]:
-    return (tuple(spec) + (None,) * length)[:length]
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

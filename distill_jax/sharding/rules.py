@@ -92,6 +92,16 @@ def fit_spec(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
     return P(*out)
 
 
+def entries(spec: PartitionSpec, length: int) -> list[Any]:
+    """The first `length` entries of a spec; those it leaves out are None."""
+    return [*spec, *[None] * length][:length]
+
+
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def param_shardings(mesh: Mesh, shapes: Any, rules: Rules = DEFAULT_RULES) -> Any:
     """A NamedSharding for every leaf (array or ShapeDtypeStruct) of a parameter tree, by its path.
 

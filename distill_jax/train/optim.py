@@ -1,5 +1,6 @@
 """Optimisers as frozen specs: a recipe writes one down, `build` turns it into an optax transformation."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,7 @@ VECTORS = ("bias", "scale")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class Optimizer(ABC):
     """What all optimisers have: a learning rate with warm-up and decay, and clipping by global norm.
 
     peak_lr       learning rate at the end of the warm-up
@@ -57,9 +58,9 @@ class Optimizer:
             parts = [] if self.grad_clip is None else [optax.clip_by_global_norm(self.grad_clip)]
             return _standard_promotion(optax.chain(*parts, self.rule(self.schedule(total_steps))))
 
+    @abstractmethod
     def rule(self, schedule: "Schedule") -> optax.GradientTransformation:
         """From clipped gradients to what is added to the parameters."""
-        raise NotImplementedError(f"{type(self).__name__} has no rule")
 
     def state_bytes(self, shapes: Any) -> int:
         """Bytes of the state for a tree of parameters (arrays or ShapeDtypeStructs), counters left out; nothing is
