@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "rollouts": "distill_jax.cli.rollouts_cmd:app",
     "eval": "distill_jax.cli.eval_cmd:evaluate",
     "plan": "distill_jax.cli.plan_cmd:plan",
+    "profile": "distill_jax.cli.profile_cmd:profile",
     "bench": "distill_jax.cli.bench_cmd:bench",
     "store": "distill_jax.cli.store_cmd:app",
     "export": "distill_jax.cli.export_cmd:export",

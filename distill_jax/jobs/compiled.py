@@ -29,7 +29,7 @@ from distill_jax.recipe import Recipe, Stage
 from distill_jax.sharding import batch_spec, make_mesh, param_shardings
 from distill_jax.sharding.hlo import Collective, collectives
 from distill_jax.train.state import TrainState, opt_state_shardings
-from distill_jax.train.step import StepConfig, make_step
+from distill_jax.train.step import StepConfig, lowerable, make_step
 
 Tree = Any
 FIELDS = ("behaviour_logprobs", "old_logprobs", "advantages", "returns", "old_values", "policy_mask", "chosen",
@@ -108,8 +108,8 @@ def compile_step(recipe: Recipe, stage: Stage, target: Target, configs: Mapping[
     config = step_config(stage, models, mesh)
     state, frozen = abstract_state(config), abstract_frozen(config, stage)
     batch = abstract_batch(stage, mesh, {n: c.hidden_size for n, c in configs.items()})
-    step = make_step(config, state)
-    jitted: Any = step if hasattr(step, "lower") else getattr(step, "__wrapped__")  # noqa: B009
+    jitted = lowerable(make_step(config, state))
+
     def lowered() -> Any:
         with compiling_for(PLATFORMS[target.platform]):
             return jitted.lower(state, frozen, batch)

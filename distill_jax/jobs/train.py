@@ -96,8 +96,23 @@ def resolved(source: Source, context: RunContext) -> Any:
     return map_stores(source, lambda s: dataclasses.replace(s, path=context.resolve(s.path)))
 
 
-def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
-    """Run one training stage to its end. Raises `Stopped` after SIGTERM or Ctrl-C, with everything saved."""
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """All that a stage trains with: what its step is compiled for, the state of update 0, what is frozen, and where
+    batches come from; `readings`: what its views take of the text."""
+
+    config: StepConfig
+    models: Mapping[str, Transformer]
+    state: TrainState
+    frozen: Mapping[str, Any]
+    source: Any
+    steering: Any
+    student: Provider
+    readings: Readings
+
+
+def open_stage(stage: Stage, context: RunContext) -> Opened:
+    """Open a training stage on the recipe's mesh. Raises ValueError for what does not fit together."""
     mesh = make_mesh(devices=None, **context.recipe.mesh.sizes)
     providers = {n: open_provider(p, context, mesh) for n, p in stage.models.items()}
     models = {n: p.model for n, p in providers.items()}
@@ -111,22 +126,11 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     for name, model in models.items():
         check_mesh(model.config, mesh, source.seq_len, name)
     config = step_config(stage, models, mesh)
-    objective, optimizers = config.objective, config.optimizers
-    if missing := sorted(set(objective.signals) - set(source.signals)):
+    if missing := sorted(set(config.objective.signals) - set(source.signals)):
         raise ValueError(f"terms need the signals {missing}, the source carries {sorted(source.signals)}: add them to "
                          "source.signals after `distill-jax score`")
-    if jax.process_index() == 0:
-        write_model_files(context.folder / "model", student, context)
-    trained = {n: p.params for n, p in providers.items() if p.spec.trainable}
-    frozen = {n: p.params for n, p in providers.items() if not p.spec.trainable}
-    frozen |= stored_heads(source, objective.signals, student, mesh)
-    for n, p in providers.items():
-        if (lora := p.spec.lora) is not None:  # no gradient of the frozen matrices: two passes
-            frozen[BASE + n] = Base(params=p.params, scale=lora.scale)
-            make = partial(lora.init, hf.param_shapes(p.model))
-            trained[n] = _init(make, mesh, p.spec.init_seed + context.seed)
-    trained |= {n: _init(p.init, mesh, stage.projectors[n].init_seed + context.seed)
-                for n, p in config.projectors.items()}
+    trained, frozen = _parameters(stage, context, config, providers)
+    frozen |= stored_heads(source, config.objective.signals, student, mesh)
     opened = {"student": next(iter(trained)), "model": student.model, "mesh": mesh, "seed": context.seed}
     if isinstance(stage.on_policy, Reinforce):
         steering = ReinforceSteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder,
@@ -135,28 +139,55 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         steering = OnPolicySteering(stage.on_policy, where, source, student.tokenizer, folder=context.folder, **opened)
     else:
         steering = steering_of(where, source, student.tokenizer, **opened)
-    controllers = objective.init() | ({STEERED: steering.initial()} if steering else {})
-    state = create_state(trained, optimizers, mesh=mesh, seed=context.seed, controllers=controllers)
+    controllers = config.objective.init() | ({STEERED: steering.initial()} if steering else {})
+    state = create_state(trained, config.optimizers, mesh=mesh, seed=context.seed, controllers=controllers)
+    return Opened(config=config, models=models, state=state, frozen=frozen, source=source, steering=steering,
+                  student=student, readings=readings)
+
+
+def _parameters(stage: Stage, context: RunContext, config: StepConfig, providers: Mapping[str, Provider]
+                ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({provider: parameters that are trained}, {provider: those that are not}); adapters are trained, not their base.
+    """
+    trained = {n: p.params for n, p in providers.items() if p.spec.trainable}
+    frozen = {n: p.params for n, p in providers.items() if not p.spec.trainable}
+    for n, p in providers.items():
+        if (lora := p.spec.lora) is not None:
+            frozen[BASE + n] = Base(params=p.params, scale=lora.scale)
+            make = partial(lora.init, hf.param_shapes(p.model))
+            trained[n] = _init(make, config.mesh, p.spec.init_seed + context.seed)
+    trained |= {n: _init(p.init, config.mesh, stage.projectors[n].init_seed + context.seed)
+                for n, p in config.projectors.items()}
+    return trained, frozen
+
+
+def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
+    """Run one training stage to its end. Raises `Stopped` after SIGTERM or Ctrl-C, with everything saved."""
+    opened = open_stage(stage, context)
+    config, student, steering = opened.config, opened.student, opened.steering
+    if jax.process_index() == 0:
+        write_model_files(context.folder / "model", student, context)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
     evaluations, outer = {}, None
-    if (found := fused_term(objective)) is not None:
+    if (found := fused_term(config.objective)) is not None:
         outer = Outer(fn=make_outer(config), every=found[2].every,
-                      heldout=open_heldout(stage, context, student.tokenizer, readings))
+                      heldout=open_heldout(stage, context, student.tokenizer, opened.readings))
     if stage.heldout:
-        heldout = Heldout(stage, config, frozen, open_heldout(stage, context, student.tokenizer, readings))
+        heldout = Heldout(stage, config, opened.frozen,
+                          open_heldout(stage, context, student.tokenizer, opened.readings))
         evaluations["heldout"] = Evaluation(fn=heldout)
     check = None if isinstance(stage.on_policy, Reinforce) else (  # a round of equal rewards has nothing, and may
         lambda batch: check_supervised(batch, student.tokenizer))
-    with jax.set_mesh(mesh), contextlib.closing(steering) if steering else contextlib.nullcontext():
-        fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations, check=check, serve=serve,
-                     steering=steering, outer=outer)
+    with jax.set_mesh(config.mesh), contextlib.closing(steering) if steering else contextlib.nullcontext():
+        fitted = fit(config, opened.state, opened.source, run, frozen=opened.frozen, evaluations=evaluations,
+                     check=check, serve=serve, steering=steering, outer=outer)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     cost = spent(context.folder, stage.steps) if isinstance(stage.on_policy, Reinforce) else {
-        "flops": total_flops(source, config, stage.steps)}
+        "flops": total_flops(opened.source, config, stage.steps)}
     result = {"steps": stage.steps, **cost, "skipped": int(fitted.state.skipped),
-              "params": {n: m.config.num_params for n, m in models.items()}}
+              "params": {n: m.config.num_params for n, m in opened.models.items()}}
     return result | ({"heldout": heldout.values} if stage.heldout else {})
 
 

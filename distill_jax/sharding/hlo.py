@@ -1,9 +1,10 @@
-"""What a compiled program sends between devices, read out of its HLO text."""
+"""A compiled program's HLO text: what it sends between devices, and where in the source its instructions come from."""
 
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
          "ragged-all-to-all")
@@ -18,6 +19,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _NAMED = re.compile(r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
 
 
@@ -46,13 +48,35 @@ class Collective:
         """How often it runs; loops of unknown length count once."""
         return math.prod(n or 1 for n in self.loops)
 
-
     @property
     def sent(self) -> float:
         """Bytes that a device sends in one run of the program, by ring algorithms."""
         share = (self.group - 1) / self.group
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return factor * self.bytes * self.trips
+
+
+class Instruction(NamedTuple):
+    """opcode: "fusion", "dot", "all-reduce-start", ...; scope: the `op_name` of its metadata, or ""."""
+
+    opcode: str
+    scope: str
+
+
+def instructions(text: str) -> dict[str, Instruction]:
+    """{name: Instruction} of `compiled.as_text()`. A fusion without a scope has that of the first of its parts."""
+    computations = dict(_computations(text))
+    out: dict[str, Instruction] = {}
+    for lines in computations.values():
+        for line in lines:
+            if not (op := _OP.match(line)):
+                continue
+            scope = _SCOPE.search(line)
+            if scope is None and op[3] == "fusion":
+                parts = (p for c in _CALLED.findall(line) for p in computations.get(c, []))
+                scope = next(filter(None, map(_SCOPE.search, parts)), None)
+            out[op[1]] = Instruction(op[3], scope[1] if scope else "")
+    return out
 
 
 def collectives(text: str) -> list[Collective]:
@@ -136,7 +160,7 @@ def _read(op: re.Match[str], kind: str, group: int, around: tuple[int | None, ..
     elif op[3].endswith("-start") and kind != "all-reduce":  # (operands, results)
         arrays = arrays[len(arrays) // 2:]
     size = sum(BYTES[d] * math.prod(shape) for d, shape in arrays)
-    where = re.search(r'op_name="([^"]*)"', line)
+    where = _SCOPE.search(line)
     whole = size * group if kind == "reduce-scatter" else size
     return Collective(kind=kind, shapes=tuple(s for _, s in arrays), bytes=whole, group=group, loops=around,
                       op=where[1] if where else "", name=op[1])

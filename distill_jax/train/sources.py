@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from distill_jax.core.batch import Batch
 from distill_jax.core.head import Head
 from distill_jax.models.lora import joined
@@ -47,12 +49,14 @@ def make_sources(asked: Mapping[str, tuple[Any, ...]], models: Mapping[str, Any]
         if view not in batch.views:
             raise ValueError(f"{source!r} needs view {view!r}; the batch has {sorted(batch.views)}. Add it to "
                              "Stage.views")
-        _run(made, source, models[provider], params[provider], batch.views[view], tuple(layers))
+        with jax.named_scope(provider):
+            _run(made, source, models[provider], params[provider], batch.views[view], tuple(layers))
     found = Found(state=lambda source, layer: made.layers[source][layer], views=batch.views,
                   head=lambda name: constant(models[name].head(params[name])))
     for name in dict.fromkeys(map(provider_of, asked)):
         if name in projectors:
-            written = {name + where: w for where, w in projectors[name].write(params[name], found).items()}
+            with jax.named_scope(name):
+                written = {name + where: w for where, w in projectors[name].write(params[name], found).items()}
             _take(made, written)
     if unknown := sorted(set(asked) - set(made.layers)):
         raise ValueError(f"nobody writes {unknown}; there are {sorted(made.layers)}")

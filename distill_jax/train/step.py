@@ -101,15 +101,17 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
     def step(state: TrainState, frozen: Params, batch: Batch, votes: Array | None = None,
              ) -> tuple[TrainState, Metrics]:
         grads, metrics = gradient(state.params, frozen, batch, state.step, state.controllers)
-        norm = tree.global_norm(grads)
-        ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        params, opt_state = {}, {}
-        for name, tx in config.optimizers.items():
-            updates, opt_state[name] = tx.update(grads[name], state.opt_state[name], state.params[name])
-            params[name] = optax.apply_updates(state.params[name], updates)
+        with jax.named_scope("optimizer"):
+            norm = tree.global_norm(grads)
+            ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+            params, opt_state = {}, {}
+            for name, tx in config.optimizers.items():
+                updates, opt_state[name] = tx.update(grads[name], state.opt_state[name], state.params[name])
+                params[name] = optax.apply_updates(state.params[name], updates)
         controllers = {**state.controllers,  # beside the objective's: a steered source's, changed by the host only
                        **config.objective.update(state.controllers, metrics["terms"], state.step)}
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+        keep = jax.named_scope("optimizer")(
+            lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old))
         new = TrainState(
             step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state),
             controllers=keep(controllers, state.controllers), rng=state.rng,
@@ -154,8 +156,9 @@ def make_gradient(config: StepConfig, shardings: Tree = None) -> Callable[..., t
             def loss(params: Params) -> tuple[Array, tuple[Tree, Tree]]:
                 made = _made(config, {**frozen, **params}, rows)
                 trainable = tuple(s for s in made.layers if provider_of(s) in trained)
-                total, terms = objective.loss(made.sources, rows, of_rows, dynamic, layers=made.layers,
-                                              trainable=trainable, mesh=config.lift_mesh)
+                with jax.named_scope("loss"):
+                    total, terms = objective.loss(made.sources, rows, of_rows, dynamic, layers=made.layers,
+                                                  trainable=trainable, mesh=config.lift_mesh)
                 even, routing = balanced(made.routing, config.models, trained, totals)
                 return (total + even if routing else total), (terms, routing)
 
@@ -235,6 +238,11 @@ def batch_metrics(config: StepConfig, batch: Batch, weights: Weights) -> Metrics
             mass = jnp.sum(jnp.exp(signal.logprobs.astype(jnp.float32)), axis=-1)
             out["retained"][name] = (jnp.sum(jnp.where(mask, mass, 0.0)), jnp.sum(mask))
     return out
+
+
+def lowerable(step: Callable[..., Any]) -> Any:
+    """The jitted function of a step or evaluation: has `lower`, and wants the mesh set by its caller."""
+    return step if hasattr(step, "lower") else getattr(step, "__wrapped__")  # noqa: B009
 
 
 def _under(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
