@@ -175,7 +175,8 @@ class _Local:
             values = {t: put(v, part.values[t]) for t, v in carry.values.items()}
             return Result(carry.total + part.total, values, grads)
 
-        out = jax.lax.fori_loop(0, turns, turn, self._zeros(flat_hiddens, heads, count))
+        none = self._zeros(flat_hiddens, heads, count)  # a single turn needs no sums: its gradients are the gradients
+        out = turn(jnp.int32(0), none) if n >= count else jax.lax.fori_loop(0, turns, turn, none)
         unflat = lambda x: x if x is None else x.reshape(*shape, *x.shape[1:])
         return Result(self._sum(out.total), {t: unflat(v) for t, v in out.values.items()}, {
             s: Grads(unflat(g.hidden), self._sum_kernel(s, g.kernel), self._sum(g.bias)) for s, g in out.grads.items()})

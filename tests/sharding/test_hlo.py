@@ -21,7 +21,7 @@ from distill_jax.train.feed import place_global
 from distill_jax.train.step import make_step
 from tests.train.tiny import setup
 
-B, T, V, D, F, L = 16, 48, 496, 64, 160, 7  # L: more than are unrolled
+B, T, V, D, F, L = 16, 48, 496, 64, 160, 13  # L: more than are unrolled
 H, K, HEAD = 8, 8, 16
 Q = H * HEAD
 CONFIG = ModelConfig(vocab_size=V, hidden_size=D, mlp_size=F, num_layers=L, num_heads=H, num_kv_heads=K, head_dim=HEAD,
