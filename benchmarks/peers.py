@@ -25,7 +25,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,12 +79,12 @@ def config_of(size: str) -> ModelConfig:
                        num_kv_heads=max(1, width // head // 2), head_dim=head, attention=AttentionConfig(qkv_bias=True))
 
 
-def ours(case: Case) -> Step:
-    """The trainer's own step, through the lifted loss."""
+def ours(case: Case, terms: Mapping[str, Term] | None = None) -> Step:
+    """The trainer's own step, through the lifted loss. terms: another objective than the method's."""
     mesh = make_mesh(devices=jax.devices()[:1])
     optim = AdamW(peak_lr=LR, warmup=0, decay="constant", b1=BETAS[0], b2=BETAS[1], eps=EPS, grad_clip=CLIP)
     kd = Term(generalized_jsd, target="teacher/main", kwargs={"beta": 0.5})
-    objective = build_objective({"loss": Term(cross_entropy) if case.method == "ce" else kd})
+    objective = build_objective(terms or {"loss": Term(cross_entropy) if case.method == "ce" else kd})
     (model, params), (teacher, frozen) = (hf.load(folder) for folder in case.folders)
     dtype = jnp.dtype(case.precision)
     models = {"student": model.clone(dtype=dtype)}
