@@ -13,11 +13,13 @@ from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Call, MeshShape, Recipe, Saving, Stage, Student
+from distill_jax.train.checkpoint import complete_steps
 from distill_jax.train.optim import AdamW
 from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces
 from tests.jobs.stage_calls import die_once, look, refuse
 from tests.jobs.teachers import teacher_folder
+from tests.launch.slurm import slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +58,23 @@ def test_a_process_that_is_lost_is_a_restart_of_all(stage, tmp_path):
     assert (folder / "look" / "looked").read_text() == "once\n", "process 0 alone"
     lines = (folder / "train" / "metrics" / "train.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4], "written by process 0 alone"
+
+
+def test_a_job_of_slurm(stage, tmp_path):
+    """The batch script, as SLURM would run it on two tasks: they find each other by SLURM's variables alone."""
+    recipe = Recipe(name="r", runs=str(tmp_path), mesh=MeshShape(data=1, fsdp=-1), stages=(stage,))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "DISTILL_JAX", "XLA"))}
+    done = subprocess.run(
+        [ROOT / "launch/slurm.sbatch", path, "--nodes", "2"], cwd=ROOT, timeout=500, capture_output=True, text=True,
+        env=clean | {"PATH": f"{slurm(tmp_path)}:{clean['PATH']}", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
+                     "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
+                     "--xla_backend_optimization_level=0"})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("[train] done") == 1 and "Rank 0 is connected to 1 peer" in done.stdout
+    assert complete_steps(recipe.stage_folder("train") / "checkpoints") == [2, 4]
+    assert not (tmp_path / "scontrol.log").exists()
 
 
 def test_an_error_is_no_reason_to_start_again(tmp_path):
