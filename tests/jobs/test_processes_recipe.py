@@ -72,7 +72,7 @@ def test_a_job_of_slurm(stage, tmp_path):
                      "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
                      "--xla_backend_optimization_level=0"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("[train] done") == 1 and "Rank 0 is connected to 1 peer" in done.stdout
+    assert done.stdout.count("[train] done") == 1
     assert complete_steps(recipe.stage_folder("train") / "checkpoints") == [2, 4]
     assert not (tmp_path / "scontrol.log").exists()
 
