@@ -24,9 +24,13 @@ def part_url(out: str, part: Part) -> str:
     return f"{out.rstrip('/')}/{PARTS}/{part.folder}"
 
 
+def _folders(kv: Kv) -> list[str]:
+    return [n for n in kv.folders(f"{PARTS}/") if re.fullmatch(r"\d{5,}-of-\d{5,}", n)]  # others are of signals
+
+
 def begun(kv: Kv) -> dict[Part, dict[str, Any]]:
     """Parts of the store at `kv` that were begun, in order, with what they were begun with."""
-    names = [n for n in kv.folders(f"{PARTS}/") if re.fullmatch(r"\d{5,}-of-\d{5,}", n)]
+    names = _folders(kv)
     keys = [f"{PARTS}/{n}/{ABOUT}" for n in names]
     out = {}
     for name, key, data in zip(names, keys, kv.read_many(keys)):
@@ -95,8 +99,15 @@ def join_rows(out: str) -> dict[str, Any]:
     if done is None:
         summaries = _summaries(out, begun(kv))
         done = _join(out, kv, summaries)
-    kv.delete(f"{PARTS}/")
+    _delete(kv)
     return json.loads(done)
+
+
+def _delete(kv: Kv) -> None:
+    for name in _folders(kv):
+        kv.delete(f"{PARTS}/{name}/")
+    if not kv.folders(f"{PARTS}/"):
+        kv.delete(f"{PARTS}/")
 
 
 def _summaries(out: str, parts: Mapping[Part, dict[str, Any]]) -> dict[Part, dict[str, Any]]:
@@ -126,7 +137,7 @@ def _join(out: str, kv: Kv, summaries: Mapping[Part, dict[str, Any]]) -> bytes:
     summary = merged([{k: v for k, v in s.items() if k != "settings"} for s in summaries.values()])
     summary["settings"] = summaries[first]["settings"]
     if not summary["kept"]:
-        kv.delete(f"{PARTS}/")
+        _delete(kv)
         why = f"left after each op: {summary['after']}" if "after" in summary else f"rejected: {summary['rejected']}"
         raise ValueError(f"no trace kept of {summary['traces']:,} ({why}). No store was written")
     store = TraceStore.open_or_create(out, StoreHeader.from_json(about["header"]))

@@ -172,6 +172,14 @@ def test_killed_join(source, tmp_path, monkeypatch):
     assert files(tmp_path / "s") == files(tmp_path / "whole")
 
 
+def test_a_join_leaves_the_parts_of_signals(source, tmp_path):
+    work(source, tmp_path / "s", KeepCorrect())
+    scored = tmp_path / "s" / "parts" / "topk3" / "00000-of-00002" / "000000.npz"
+    scored.parent.mkdir(parents=True)
+    scored.write_bytes(b"a day's work")
+    assert join_rows(str(tmp_path / "s"))["kept"] and scored.exists()
+
+
 def test_parts_without_a_row(source, tmp_path):
     """More parts than units, and Ops that leave some parts nothing."""
     shortest = min(sum(len(s.text) for s in t.segments) for t in source.traces())
