@@ -1,12 +1,13 @@
 """Parts of a job as the tasks of a Ray Data job: `--ray ADDRESS --parts N`.
 
-Every task works off one static partition (`parts.Part`) as `--part I/N` does. Ray starts the tasks of a lost node or
-process again elsewhere, and a part goes on after its last committed shard. So the store must be on a file system that
-all nodes share, or in an object store, and this package must be installed on them.
+Every task works off one static partition (`parts.Part`) as `--part I/N` does. Ray Data starts the tasks of a lost node
+or process again elsewhere, as often as it takes, and a part goes on after its last committed shard. So the store must
+be on a file system that all nodes share, or in an object store, and this package must be installed on them.
 """
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -29,8 +30,6 @@ Work = Callable[[Part], dict[str, Any]]
 """Does a part and returns its report. A module-level function, or a `functools.partial` of one and frozen dataclasses:
 it travels to the nodes."""
 
-RETRIES = 100
-"""How often Ray starts a part again whose node or process was lost."""
 RACES = 12
 """How often a part begins again because a writer that was given up for lost still wrote, and seconds between."""
 PAUSE = 5.0
@@ -78,7 +77,7 @@ def run_parts(work: Work, cluster: RayCluster, name: str) -> list[dict[str, Any]
         try:
             task = _Task(work, cluster.parts, os.getcwd())
             rows = ray.data.range(cluster.parts, override_num_blocks=cluster.parts).map_batches(
-                task, batch_size=1, max_retries=RETRIES, **cluster.options())
+                task, batch_size=1, **cluster.options())
             reports: dict[int, dict[str, Any]] = {}
             for row in rows.iter_rows():
                 if row["error"]:
@@ -162,5 +161,5 @@ def _connect(ray: Any, cluster: RayCluster) -> None:
     except (ConnectionError, ValueError, RuntimeError) as e:
         raise ValueError(f"--ray {cluster.address}: no cluster there ({str(e).splitlines()[0]}); `ray start --head` "
                          "begins one, --ray local uses this machine alone") from None
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -1,11 +1,16 @@
-"""Ops for tests: of a question, with a draw, slow, and one that leaves nothing."""
+"""Ops for tests: of a question, with a draw; slow ones that leave a mark. And slow parts of `score`."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from distill_jax.jobs import score as score_module
+from distill_jax.jobs.parts import Part
+from distill_jax.jobs.ray_parts import part_of
+from distill_jax.jobs.score import ScoreJob
 from distill_jax.traces.ops.base import Scope
 from distill_jax.traces.trace import Trace
 
@@ -37,3 +42,21 @@ class Slow:
         with open(self.log, "a") as f:
             f.write(f"{traces[0].id}\n")
         return list(traces)
+
+
+def score_slowly(job: ScoreJob, seconds: float, log: str, part: Part) -> dict[str, Any]:
+    """A part of `score`, with a pause after each shard and its number in the file `log`, before it is written."""
+    real = score_module._score_shard
+
+    def slow(scorer, reader, items, header):
+        made = real(scorer, reader, items, header)
+        time.sleep(seconds)
+        with open(log, "a") as f:
+            f.write(f"{items[0].number}\n")
+        return made
+
+    score_module._score_shard = slow
+    try:
+        return part_of(score_module.score, job, "", part)
+    finally:
+        score_module._score_shard = real
