@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -157,9 +158,17 @@ def _ray() -> Any:
 def _connect(ray: Any, cluster: RayCluster) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        _reach(cluster.address)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         raise ValueError(f"--ray {cluster.address}: no cluster there ({str(e).splitlines()[0]}); `ray start --head` "
                          "begins one, --ray local uses this machine alone") from None
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would wait for minutes, and then end the process."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

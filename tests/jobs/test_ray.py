@@ -38,7 +38,7 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        notice = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "health_check_initial_delay_ms": 0}
+        notice = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
         self.cluster = Cluster(initialize_head=True, head_node_args={
             "num_cpus": 0, "object_store_memory": STORE, "_system_config": notice})
         self.workers = [self.cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(2)]
