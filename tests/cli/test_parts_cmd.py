@@ -122,6 +122,25 @@ def test_generate_in_parts(tok, tmp_path, capsys, answer):
     TraceStore.open(tmp_path / "parts").verify()
 
 
+def test_a_part_that_keeps_nothing(tok, tmp_path, capsys, answer):
+    """The first third is answered wrong; then everything."""
+    tiny_folder(tmp_path / "tok")
+    wrong = {t.question for t in some_traces(QUESTIONS)[:14]}
+    reply = lambda body: said("Nothing.") if body["messages"][-1]["content"] in wrong else answer(body)
+    with serving(reply) as (url, _):
+        call = lambda *args: run(capsys, *generating(tmp_path, url, *args))
+        assert call("one")[0] == 0
+        said_of = [call("parts", "--part", f"{i}/{PARTS}") for i in range(PARTS)]
+        assert [code for code, _ in said_of] == [0] * 3 and ", 0 kept" in said_of[0][1]
+        assert run(capsys, "store", "join", tmp_path / "parts")[0] == 0
+        assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+        wrong |= {t.question for t in some_traces(QUESTIONS)}
+        for i in range(PARTS):
+            assert call("none", "--part", f"{i}/{PARTS}")[0] == 0
+        code, err = run(capsys, "store", "join", tmp_path / "none")
+        assert code == 2 and "no trace kept of 81" in err and "no_answer_found" in err and not files(tmp_path / "none")
+
+
 def test_a_killed_part_of_generate(tok, tmp_path, capsys, answer):
     """SIGKILL in its second unit (8 questions here): what was answered before is not asked again."""
     tiny_folder(tmp_path / "tok")
