@@ -267,12 +267,14 @@ class _Samples:
         """Samples of unit `number`; `done`: rows before it, for the progress."""
         key = f"{SAMPLES}/{number:06d}.jsonl.gz"
         data = self.kv.read(key)
-        if data is not None:
-            return [_unpack(line) for line in gzip.decompress(data).splitlines()]
-        total = len(questions) * self.teacher.n
-        made = self.teacher(questions, lambda n: self.ticker.at(done, f"{n:,} of the next {total:,} samples"))
-        self.kv.write_many({key: gzip.compress(b"\n".join(map(_pack, made)), 1, mtime=0)})
-        return made
+        if data is None:
+            total = len(questions) * self.teacher.n
+            made = self.teacher(questions, lambda n: self.ticker.at(done, f"{n:,} of the next {total:,} samples"))
+            data = gzip.compress(b"\n".join(map(_pack, made)), 1, mtime=0)
+            if self.kv.write_new(key, data):
+                return made
+            data = self.kv.read(key) or b""  # who was given up for lost has written after all: one answer counts
+        return [_unpack(line) for line in gzip.decompress(data).splitlines()]
 
     def forget(self) -> None:
         self.kv.delete(f"{SAMPLES}/")

@@ -1,9 +1,13 @@
 """`distill_jax ops`: any number of parts, killed or not, makes the bytes of one process."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.jobs import ops as job
+from distill_jax.jobs import ray_parts
 from distill_jax.jobs.ops import OpsJob, parse_op, run_ops, units_of
 from distill_jax.jobs.parts import Part
 from distill_jax.jobs.store_parts import join_rows
@@ -12,10 +16,10 @@ from distill_jax.traces.ops.drop_flags import DropFlags
 from distill_jax.traces.ops.keep_correct import KeepCorrect
 from distill_jax.traces.ops.max_length import MaxLength
 from distill_jax.traces.ops.strip_thinking import StripThinking
-from distill_jax.traces.store import TraceStore
+from distill_jax.traces.store import Raced, TraceStore
 from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces
-from tests.jobs.some_ops import OnePerQuestion
+from tests.jobs.some_ops import OnePerQuestion, Slow
 
 QUESTIONS, SAMPLES = 30, 3
 
@@ -178,6 +182,41 @@ def test_a_join_leaves_the_parts_of_signals(source, tmp_path):
     scored.parent.mkdir(parents=True)
     scored.write_bytes(b"a day's work")
     assert join_rows(str(tmp_path / "s"))["kept"] and scored.exists()
+
+
+def test_two_processes_of_one_part(source, tmp_path, monkeypatch):
+    """As on a lost node whose process still writes: equal shards are one shard."""
+    slow = Slow(seconds=0.005, log=str(tmp_path / "log"))
+    one, two = (OpsJob(store=source.url, out=str(tmp_path / n), ops=(slow,), shard_rows=8) for n in ("one", "two"))
+    monkeypatch.chdir(tmp_path)
+    task = ray_parts._Task(partial(ray_parts.part_of, run_ops, two, None), 1, str(tmp_path))
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(task, [{"id": [0]}] * 2))
+    assert reports[0] == reports[1] and reports[0]["error"] == [""]
+    assert 90 < len((tmp_path / "log").read_text().split()) <= 180
+    run_ops(one)
+    join_rows(two.out)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_task_begins_again_after_a_race(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray_parts, "PAUSE", 0.0)
+    monkeypatch.setattr(ray_parts, "RACES", 3)
+    calls = []
+
+    def work_(part):
+        calls.append(part)
+        if len(calls) < 3:
+            raise Raced("shards/000002.json")
+        return {"kept": 7}
+
+    task = ray_parts._Task(work_, 4, str(tmp_path))
+    assert task({"id": [2]}) == {"part": [2], "report": ['{"kept": 7}'], "error": [""]}
+    assert calls == [Part(index=2, count=4)] * 3
+    calls = []
+    monkeypatch.setattr(ray_parts, "RACES", 1)
+    assert task({"id": [2]})["error"] == ["shards/000002.json"]
 
 
 def test_parts_without_a_row(source, tmp_path):
