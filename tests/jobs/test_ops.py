@@ -273,3 +273,31 @@ def test_ops_by_name():
             parse_op(text)
     with pytest.raises(ValueError, match="at least one --op"):
         OpsJob(store="s", out="o", ops=())
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """URL of an empty bucket on a server of this test."""
+    server = pytest.importorskip("moto.server", reason="needs moto[server]")
+    boto3 = pytest.importorskip("boto3", reason="needs moto[server]")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    for name, value in (("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_REGION", "us-east-1"),
+                        ("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
+                        ("AWS_EC2_METADATA_DISABLED", "true")):
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", region_name="us-east-1")
+    client.create_bucket(Bucket="ops")
+    yield client
+    running.stop()
+
+
+def test_parts_in_an_object_store(bucket, source, tmp_path):
+    work(source, tmp_path / "one", StripThinking())
+    for i in range(2):
+        work(source, "s3://ops/short", StripThinking(), part=Part(index=i, count=2))
+    assert join_rows("s3://ops/short")["kept"] == len(source)
+    there = [o["Key"] for o in bucket.list_objects_v2(Bucket="ops")["Contents"]]
+    found = {k.removeprefix("short/"): bucket.get_object(Bucket="ops", Key=k)["Body"].read() for k in there}
+    assert found == files(tmp_path / "one")
