@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 JOBS ?= 2
 
-.PHONY: help venv quickstart test parity nightly lint clean
+.PHONY: help venv quickstart test parity ray nightly lint clean
 help:           ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -21,7 +21,11 @@ parity:         ## comparisons against transformers + torch
 	@launch/venv.sh dev parity
 	$(PY) -m pytest -m parity
 
-nightly: test parity  ## the slow tests, the long fault campaign, and the quickstart on seeds 1 and 2
+ray:            ## parts of teacher jobs on a Ray cluster of two nodes, one of which is killed
+	@launch/venv.sh dev ray
+	$(PY) -m pytest -m ray
+
+nightly: test parity ray  ## the slow tests, the long fault campaign, and the quickstart on seeds 1 and 2
 	$(PY) -m pytest -m "slow or faults_long"
 	$(PY) -m distill_jax train configs/quickstart.py --set seed=1 --set name=quickstart-seed1
 	$(PY) -m distill_jax train configs/quickstart.py --set seed=2 --set name=quickstart-seed2

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from distill_jax.cli.parts_options import PartOption, PartsOption, RayNeedsOption, RayOption
+
 Opt = typer.Option
 
 
@@ -32,6 +34,10 @@ def generate(
     max_questions: Annotated[int | None, Opt(help="read at most this many rows")] = None,
     batch_size: Annotated[int, Opt(help="rows decoded at a time")] = 256,
     dtype: Annotated[str, Opt(help="of the teacher's computation: auto, float32, bfloat16, float16")] = "auto",
+    part: PartOption = "",
+    ray: RayOption = "",
+    parts: PartsOption = 0,
+    ray_needs: RayNeedsOption = "cpu=1",
     mesh: Annotated[str, Opt(help="device mesh, e.g. data=1,fsdp=-1,tensor=1; default: one device")] = "",
 ) -> None:
     """Let a teacher answer questions: sample, split into thinking and answer, verify, render, write a store.
@@ -42,7 +48,9 @@ def generate(
     from distill_jax.jobs.devices import parse_mesh
     from distill_jax.jobs.generate import EngineSpec, GenerateJob, Keeping
     from distill_jax.jobs.generate import generate as run
+    from distill_jax.jobs.parts import Part
     from distill_jax.jobs.questions import QuestionSet
+    from distill_jax.jobs.ray_parts import RayCluster, generate_on_ray
 
     server = EngineSpec(url=engine, model=engine_model, api_key_env=api_key_env, parallel=parallel) if engine else None
     job = GenerateJob(
@@ -51,8 +59,10 @@ def generate(
         engine=server,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                           max_new_tokens=max_new_tokens),
-        keeping=Keeping(verify=verify, keep=keep))
-    print("\n".join(report(run(job, mesh=parse_mesh(mesh)))), file=sys.stderr)
+        keeping=Keeping(verify=verify, keep=keep), part=Part.parse(part))
+    cluster = RayCluster.parse(ray, parts, ray_needs, part)
+    summary = run(job, mesh=parse_mesh(mesh)) if cluster is None else generate_on_ray(job, cluster, mesh)
+    print("\n".join(report(summary)), file=sys.stderr)
 
 
 def report(summary: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: igno
 COMMANDS: dict[str, str] = {
     "import": "distill_jax.cli.import_cmd:import_",
     "generate": "distill_jax.cli.generate_cmd:generate",
+    "ops": "distill_jax.cli.ops_cmd:ops",
     "score": "distill_jax.cli.score_cmd:score",
     "batch": "distill_jax.cli.batch_cmd:batch",
     "doctor": "distill_jax.cli.doctor_cmd:doctor",

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from distill_jax.cli.parts_options import PartOption, PartsOption, RayNeedsOption, RayOption
+
 Opt = typer.Option
 
 
@@ -25,8 +27,10 @@ def score(
                                                "the one the store names")] = "",
     across: Annotated[str, Opt(help="another vocabulary, outcomes the student lacks: match (kept apart, for ULD) or "
                                     "prefix (to the longest token they begin with, for divergences)")] = "match",
-    part: Annotated[str, Opt(help="score part I of N (0/16 to 15/16); auto: the task of a SLURM array, auto/16: or "
-                                  "JOB_COMPLETION_INDEX. `store join` makes the signal")] = "",
+    part: PartOption = "",
+    ray: RayOption = "",
+    parts: PartsOption = 0,
+    ray_needs: RayNeedsOption = "cpu=1",
     mesh: Annotated[str, Opt(help="device mesh, e.g. data=1,fsdp=-1,tensor=1; default: one device")] = "",
     as_json: Annotated[bool, Opt("--json", help="print the report as JSON")] = False,
 ) -> None:
@@ -38,6 +42,7 @@ def score(
     from distill_jax.core.roles import parse_roles
     from distill_jax.jobs.devices import parse_mesh
     from distill_jax.jobs.parts import Part
+    from distill_jax.jobs.ray_parts import RayCluster, score_on_ray
     from distill_jax.jobs.score import ScoreJob
     from distill_jax.jobs.score import score as run
 
@@ -45,7 +50,8 @@ def score(
                    on=None if on == "all" else parse_roles(on), precision=precision, skip_long=skip_long,
                    tokenizer=tokenizer, student_tokenizer=student_tokenizer, across=across,
                    part=Part.parse(part))
-    report = run(job, mesh=parse_mesh(mesh))
+    cluster = RayCluster.parse(ray, parts, ray_needs, part)
+    report = run(job, mesh=parse_mesh(mesh)) if cluster is None else score_on_ray(job, cluster, mesh)
     print(json.dumps(report, indent=1) if as_json else "\n".join(lines(report)),
           file=sys.stdout if as_json else sys.stderr)
 

@@ -52,12 +52,19 @@ def verify(url: Url) -> None:
 
 
 @app.command()
-def join(url: Url, signal: Annotated[str, typer.Argument(help="name of the signal, e.g. topk64")]) -> None:
-    """Make the signal of the parts that `distill-jax score --part I/N` has written; names those that are missing."""
-    from distill_jax.jobs.parts import join as run
+def join(
+    url: Url,
+    signal: Annotated[str, typer.Argument(help="a signal's name, e.g. topk64; without it the store's rows")] = "",
+) -> None:
+    """Put together what `score`, `generate` or `ops` with --part I/N have written; names the parts that are missing."""
+    from distill_jax.jobs.parts import join as join_signal
+    from distill_jax.jobs.store_parts import join_rows
     from distill_jax.traces.store import TraceStore
 
-    print(f"signal {signal}: {run(TraceStore.open(url), signal):,} rows", file=sys.stderr)
+    if signal:
+        print(f"signal {signal}: {join_signal(TraceStore.open(url), signal):,} rows", file=sys.stderr)
+    else:
+        print(f"{url}: {join_rows(url)['kept']:,} rows", file=sys.stderr)
 
 
 @app.command()

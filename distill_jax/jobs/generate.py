@@ -26,9 +26,11 @@ from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.decode import Generator, Sampling
 from distill_jax.jobs.import_rows import KEEP, Candidate, refusal
 from distill_jax.jobs.import_traces import Output, Tally, write_candidates
+from distill_jax.jobs.parts import ABOUT, Part
 from distill_jax.jobs.progress import Ticker
 from distill_jax.jobs.questions import Asked, QuestionSet, identity, of_traces
 from distill_jax.jobs.score import fingerprint
+from distill_jax.jobs.store_parts import place
 from distill_jax.jobs.write_store import store_header
 from distill_jax.rewards.checker import Checker
 from distill_jax.rewards.journal import RULES, Journal
@@ -153,7 +155,8 @@ class Keeping:
 @dataclass(frozen=True, kw_only=True)
 class GenerateJob:
     """teacher: a MODEL, or engine: a server. tokenizer: the one the store is rendered for, the teacher's by default.
-    dtype: of the teacher's computation; "auto": bfloat16 on an accelerator, float32 on the CPU."""
+    dtype: of the teacher's computation; "auto": bfloat16 on an accelerator, float32 on the CPU.
+    part: ask only these questions, into a store of their own; `jobs.store_parts.join_rows` makes the whole one."""
 
     questions: QuestionSet
     out: str
@@ -166,6 +169,7 @@ class GenerateJob:
     keeping: Keeping = Keeping()
     batch_size: int = 256
     dtype: str = "auto"
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         if bool(self.teacher) == (self.engine is not None):
@@ -191,7 +195,7 @@ def generate(job: GenerateJob, *, mesh: Mesh | None = None, ticker: Ticker | Non
         tok = load_tokenizer(job.tokenizer)
     else:
         teacher, tok = _load_teacher(job, mesh)
-    return _generate_store(job.out, asked, teacher, tok, job.keeping, job.questions.source, ticker)
+    return _generate_store(job.out, asked, teacher, tok, job.keeping, job.questions.source, ticker, job.part)
 
 
 def _load_teacher(job: GenerateJob, mesh: Mesh | None) -> tuple[ModelTeacher, Tokenizer]:
@@ -217,16 +221,18 @@ def generate_store(out: str, questions: Iterable[Trace], teacher: Teacher, tok: 
 
 
 def _generate_store(out: str, rows: Sequence[Asked], teacher: Teacher, tok: Tokenizer, keeping: Keeping, source: str,
-                    ticker: Ticker | None) -> dict[str, Any]:
+                    ticker: Ticker | None, part: Part | None = None) -> dict[str, Any]:
     asked = [_fit(a, teacher) for a in rows]
     made_from = {"questions": identity(source, asked), **teacher.identity}
     settings = {**made_from, "verify": keeping.verify, "keep": keeping.keep, "rules": RULES}
     header = store_header(tok, generate=settings)
-    output = Output(out, header, keeping.shard_rows, "generate", (SAMPLES,))
+    url, finished = place(out, part, header, keeping.shard_rows, "generate")
+    asked = asked if part is None else part.cut(asked)
     ticker = ticker or Ticker("generate", len(asked))
-    finished = output.finished()
+    output = Output(url, header, keeping.shard_rows, "generate", (SAMPLES, ABOUT))
+    finished = output.finished() if finished is None else finished
     if finished is not None:
-        ticker.say(f"{out} holds these traces already: {finished['kept']:,}; nothing to do")
+        ticker.say(f"{url} holds these traces already: {finished['kept']:,}; nothing to do")
         return finished
     with output, ticker, Checker(keeping.workers, keeping.timeout) as checker:
         tally = GenerateTally(settings=settings, formats={source: "questions"})
@@ -234,7 +240,7 @@ def _generate_store(out: str, rows: Sequence[Asked], teacher: Teacher, tok: Toke
         samples = _Samples(output.kv, made_from, teacher, ticker)
         found = judged(asked, samples, keeping, checker, journal, source)
         write_candidates(output, found, tok, tally, ticker)
-        if not tally.kept:
+        if not tally.kept and part is None:
             raise ValueError(tally.nothing_kept())
         summary = output.publish(tally)
         samples.forget()
@@ -261,12 +267,14 @@ class _Samples:
         """Samples of unit `number`; `done`: rows before it, for the progress."""
         key = f"{SAMPLES}/{number:06d}.jsonl.gz"
         data = self.kv.read(key)
-        if data is not None:
-            return [_unpack(line) for line in gzip.decompress(data).splitlines()]
-        total = len(questions) * self.teacher.n
-        made = self.teacher(questions, lambda n: self.ticker.at(done, f"{n:,} of the next {total:,} samples"))
-        self.kv.write_many({key: gzip.compress(b"\n".join(map(_pack, made)), 1, mtime=0)})
-        return made
+        if data is None:
+            total = len(questions) * self.teacher.n
+            made = self.teacher(questions, lambda n: self.ticker.at(done, f"{n:,} of the next {total:,} samples"))
+            data = gzip.compress(b"\n".join(map(_pack, made)), 1, mtime=0)
+            if self.kv.write_new(key, data):
+                return made
+            data = self.kv.read(key) or b""  # who was given up for lost has written after all: one answer counts
+        return [_unpack(line) for line in gzip.decompress(data).splitlines()]
 
     def forget(self) -> None:
         self.kv.delete(f"{SAMPLES}/")

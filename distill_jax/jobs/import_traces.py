@@ -242,8 +242,9 @@ class Output:
 
     def publish(self, tally: Tally) -> dict[str, Any]:
         """Complete the store, then the rejects, then the summary, each whole or not at all."""
-        assert self._writer is not None and self.store is not None
-        self._writer.close()
+        if self.store is None:
+            self.store, self._began = TraceStore.create(self.kv.url, self.header), True
+        (self._writer or self.store.writer(self.shard_rows)).close()
         self.store.refresh()
         summary = tally.to_json(self.store)
         self._rejects.seek(0)

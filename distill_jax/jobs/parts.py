@@ -15,7 +15,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,7 @@ from distill_jax.traces.store.sealed import canonical, seal, unseal
 from distill_jax.traces.store.shards import Commit
 from distill_jax.traces.store.signals import ROWS
 
+T = TypeVar("T")
 ABOUT, TALLY, BF16 = "part.json", "tally", ":bf16"
 
 
@@ -48,10 +49,14 @@ class Part:
     def folder(self) -> str:
         return f"{self.index:05d}-of-{self.count:05d}"
 
+    def cut(self, items: Sequence[T]) -> Sequence[T]:
+        """Its share of `items`, consecutive ones."""
+        a, b = (len(items) * i // self.count for i in (self.index, self.index + 1))
+        return items[a:b]
+
     def of(self, shards: Sequence[Commit]) -> list[Commit]:
         """Its shards, those without rows left out."""
-        a, b = (len(shards) * i // self.count for i in (self.index, self.index + 1))
-        return [c for c in shards[a:b] if c.rows]
+        return [c for c in self.cut(shards) if c.rows]
 
     @classmethod
     def parse(cls, text: str, environ: Mapping[str, str] = os.environ) -> "Part | None":

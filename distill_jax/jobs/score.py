@@ -254,7 +254,7 @@ def score_store(store: TraceStore, model: Any, params: Any, tok: Tokenizer, job:
     if folder is not None:
         return _score_part(folder, scorer, reader, header, ticker)
     with (ticker or Ticker("score", len(store))) as shown, store.signal_writer(name, header) as writer:
-        tally = _earlier(store, name, writer.next_row)
+        tally = earlier(store, name, writer.next_row)
         for commit in store.shards:
             if not commit.rows or commit.first_row < writer.next_row:
                 continue
@@ -353,7 +353,7 @@ def _student_tokenizer(store: TraceStore, job: ScoreJob) -> Tokenizer:
     return tok
 
 
-def _earlier(store: TraceStore, name: str, rows: int) -> Tally:
+def earlier(store: TraceStore, name: str, rows: int) -> Tally:
     """Sums of the shards that an earlier start has committed."""
     done = [c for c in store.shards if c.rows and c.first_row < rows]
     read = store.kv.read_many([tally_key(name, c) for c in done])

@@ -9,7 +9,10 @@ from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.decode import Sampling
 from distill_jax.jobs import generate as job
 from distill_jax.jobs.generate import Complaints, Keeping, ModelTeacher, generate_store
+from distill_jax.jobs.parts import Part
+from distill_jax.jobs.questions import QuestionSet
 from distill_jax.jobs.run_recipe import run_recipe
+from distill_jax.jobs.store_parts import join_rows
 from distill_jax.jobs.write_store import write_store
 from distill_jax.recipe import Generate, Recipe, Score
 from distill_jax.rollout import generation
@@ -158,6 +161,20 @@ def test_command(tok, tmp_path, capsys):
         code, err = run(capsys, *args, "--out", tmp_path / "bad", *bad)
         assert code == 2 and says in err and err.count("\n") == 1
     assert not (tmp_path / "bad").exists()
+
+
+def test_parts_of_a_model(tok, tmp_path):
+    """What a model samples does not depend on the questions beside it."""
+    folder = teacher_folder(tmp_path / "teacher", tok)
+    write_store(str(tmp_path / "questions"), questions(14), tok)
+    make = lambda out, part=None: job.generate(job.GenerateJob(
+        questions=QuestionSet(source=str(tmp_path / "questions")), out=str(tmp_path / out), teacher=str(folder), n=2,
+        batch_size=4, sampling=Sampling(temperature=1.0, max_new_tokens=6), keeping=ALL, part=part))
+    whole = make("one")
+    for i in range(3):
+        make("parts", Part(index=i, count=3))
+    assert join_rows(str(tmp_path / "parts")) == whole
+    assert [row[:2] for row in contents(tmp_path / "parts")] == [row[:2] for row in contents(tmp_path / "one")]
 
 
 def test_command_with_a_server(tok, tmp_path, capsys):

@@ -60,6 +60,10 @@ def _compact(name: str, values: Any) -> Any:
     return np.array(values, kinds.get(name, np.int32))
 
 
+class Raced(ValueError):
+    """Another writer was first: what it committed is there, and who begins again goes on after it."""
+
+
 class Shards:
     """The committed shards below `prefix` ("" for the rows, `signals/<name>/` for a signal)."""
 
@@ -117,8 +121,8 @@ class Shards:
             self.refresh()
             if not any(m.path.startswith(place) for m in self.commits[number].arrays.values()):
                 self._drop(tag)
-            raise ValueError(f"{self.kv.url}: another writer has committed {self._key(number)} meanwhile; one store "
-                             "or signal takes one writer at a time. Run again to continue after its last shard")
+            raise Raced(f"{self.kv.url}: another writer has committed {self._key(number)} meanwhile; one store "
+                        "or signal takes one writer at a time. Run again to continue after its last shard")
         self.commits.append(Commit.of(json.loads(canonical(full))))
         if not self._clean:
             self._drop_leftovers(number, tag)

@@ -30,7 +30,7 @@ from distill_jax.traces.store.rows import (
     digest,
 )
 from distill_jax.traces.store.sealed import CorruptShard, canonical, seal, seal_id, unseal
-from distill_jax.traces.store.shards import Commit, Shards
+from distill_jax.traces.store.shards import Commit, Raced, Shards
 from distill_jax.traces.store.signal_io import SignalReader, SignalWriter
 from distill_jax.traces.store.signals import SignalHeader
 from distill_jax.traces.store.writers import SHARD_TOKENS, StoreWriter
@@ -67,7 +67,7 @@ class TraceStore:
         if kv.read(MANIFEST) is not None or kv.keys("shards/"):
             raise ValueError(f"{kv.url} already holds a store; open it, or write to another place")
         if not kv.write_new(MANIFEST, data):
-            raise ValueError(f"{kv.url}: another process has created a store here meanwhile")
+            raise Raced(f"{kv.url}: another process has created a store here meanwhile")
         return cls.open(url)
 
     @classmethod
@@ -153,11 +153,15 @@ class TraceStore:
 
     def row(self, i: int) -> Row:
         """One row with its trace and text."""
-        for commit, at, tables in self._reader.read([i], ("tokens", "text")):
+        return next(self.rows([i]))
+
+    def rows(self, ids: Ids | None = None) -> Iterator[Row]:
+        """The rows asked for (all of them by default) with their traces and texts, one after the other."""
+        wanted = np.arange(len(self)) if ids is None else ids
+        for commit, at, tables in self._reader.read(wanted, ("tokens", "text")):
             arrays = decode_tokens(tables["tokens"], int(commit.columns["lengths"][at]))
             text, trace = decode_document(_document(tables))
-            return Row(**vars(arrays), text=text, trace=trace)
-        raise AssertionError("the reader yields one entry per id")
+            yield Row(**vars(arrays), text=text, trace=trace)
 
     def read(self, ids: Ids) -> list[RowArrays]:
         """The arrays of many rows, in the order asked; reads run concurrently."""

@@ -95,6 +95,11 @@ class StoreWriter(Writer):
             self._flush(final=False)
         return number
 
+    def commit(self) -> None:
+        """Commit the rows there are as a shard, whole or not."""
+        if self._tokens:
+            self._flush(final=False)
+
     def _flush(self, *, final: bool) -> None:
         seeds = seeds_of(np.array([int(d, 16) for d in self._columns["digests"]], np.uint64))
         body = {"rows": len(self._tokens), "columns": {**self._columns, "flags": self._flags},
