@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distill_jax.core.batch import Batch
-from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised
+from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised, decoded
 from distill_jax.data.pack import Plan, plan
 from distill_jax.data.pairs import UnitRows, Units, units_of
 from distill_jax.data.rowset import RowSet, open_rows
@@ -132,7 +132,7 @@ class RowSource:
             placed = self._read(flat, signals)
         else:
             missing = np.array([i for i in flat.tolist() if i not in self._kept], np.int64)
-            self._kept.update(zip(missing.tolist(), self._read(missing, signals)))
+            self._kept.update(zip(missing.tolist(), map(decoded, self._read(missing, signals))))
             placed = [self._kept[i] for i in flat.tolist()]
         ends = np.cumsum([len(n) for n in numbers])
         return [placed[end - len(n):end] for n, end in zip(numbers, ends)]
@@ -143,9 +143,9 @@ class RowSource:
         return self.plan.tokens * (16 * (1 + len(self.others)) + 4 * len(self.dtypes) + 8 * outcomes) <= SMALL_STORE
 
     def _read(self, numbers: np.ndarray, signals: bool) -> list[Placed]:
-        rows = self.rowset.read(numbers)
-        readers = self.signals if signals else {}
-        said = {n: self.rowset.read_signal(r, numbers, rows) for n, r in readers.items()}
+        begun = {n: self.rowset.read_signal(r, numbers) for n, r in self.signals.items() if signals}
+        rows = self.rowset.read(numbers, places=False)
+        said = {n: read(rows) for n, read in begun.items()}
         others = {view: rowset.read(numbers) for view, rowset in self.others.items()}
         paired = self.units.fields(numbers.tolist(), rows) if self.units else [{}] * len(rows)
         return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()},

@@ -19,6 +19,10 @@ HANDLES = 512
 """Open shards kept; a handle is a few kilobytes and holds no data."""
 
 
+Tables = Mapping[str, Mapping[str, np.ndarray]]
+"""{table: {plane: uint8 [n]}} of a row."""
+
+
 class Layout(Protocol):
     """What a reader needs to know of a commit's rows."""
 
@@ -60,13 +64,16 @@ class Reader:
             part = slice(begin, begin + WINDOW)
             yield [(self.shards.commits[s], int(i - firsts[s])) for s, i in zip(at[part], wanted[part])]
 
-    def read(self, ids: Sequence[int] | np.ndarray, tables: Sequence[str]
-             ) -> Iterator[tuple[Commit, int, Mapping[str, Mapping[str, np.ndarray]]]]:
-        """(commit, row within it, {table: {plane: uint8 [n]}}) of each row, in the order asked."""
+    def read(self, ids: Sequence[int] | np.ndarray, tables: Sequence[str]) -> Iterator[tuple[Commit, int, Tables]]:
+        """(commit, row within it, its tables) of each row, in the order asked; the first of them are being fetched
+        when this returns."""
         windows = ((window, self._start(window, tables)) for window in self._windows(ids))
-        current = next(windows, None)
+        return self._taken(next(windows, None), windows, tables)
+
+    def _taken(self, current: Any, windows: Iterator[Any], tables: Sequence[str]
+               ) -> Iterator[tuple[Commit, int, Tables]]:
         while current is not None:
-            following = next(windows, None)  # fetched while this one is decoded
+            following = next(windows, None)
             for (commit, row), futures in zip(*current):
                 yield commit, row, {t: self._finish(commit, row, *f) for t, f in zip(tables, futures)}
             current = following
