@@ -125,6 +125,13 @@ class UnitRows(RowSet):
             rows[at] = self._joined(numbers[at], rows[at], other)
         return rows
 
+    def readable(self, numbers: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """As `RowSet.readable`; a unit is read whole or not at all."""
+        units = self._units
+        good = self._base.readable(units.rows[numbers], lost) & self._base.readable(units.written[numbers], lost)
+        unit = np.searchsorted(units.starts, numbers, side="right")
+        return ~np.isin(unit, unit[~good])
+
     def _joined(self, number: int, prompt: RowArrays, written: RowArrays) -> RowArrays:
         a, b = self._first[self._units.rows[number]], self._first[self._units.written[number]]
         return RowArrays(**{name: np.concatenate([getattr(prompt, name)[:a], getattr(written, name)[b:]])

@@ -128,6 +128,11 @@ class RowSet:
         return [RowArrays(**{name: getattr(row, name)[:n] for name in FIELDS})
                 for row, n in zip(rows, self.lengths[numbers].tolist())]
 
+    def readable(self, numbers: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """bool [n]: which of these rows need none of the store's rows that are lost, bool [N]."""
+        origin = self.origin[numbers]
+        return ~(lost[origin] & (origin >= 0))
+
     def read_signal(self, reader: SignalReader, numbers: np.ndarray) -> ReadSignal:
         """Begin to read the signal of these rows. What is returned takes the rows as `read` gives them: their signal,
         aligned with them; None where a row has none, longer than the row where the row is cut."""

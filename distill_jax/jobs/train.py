@@ -150,7 +150,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         lambda batch: check_supervised(batch, student.tokenizer))
     with jax.set_mesh(mesh), contextlib.closing(steering) if steering else contextlib.nullcontext():
         fitted = fit(config, state, source, run, frozen=frozen, evaluations=evaluations, check=check, serve=serve,
-                     steering=steering, outer=outer)
+                     steering=steering, outer=outer, damaged=source.damaged)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     cost = spent(context.folder, stage.steps) if isinstance(stage.on_policy, Reinforce) else {

@@ -23,6 +23,7 @@ from distill_jax.models.lora import BASE
 from distill_jax.train import peers
 from distill_jax.train.checkpoint import Checkpoints
 from distill_jax.train.feed import BatchSource, Feed, Serve, place_global, serve_plain
+from distill_jax.train.lost_rows import Damaged, LostRows
 from distill_jax.train.metrics import Reporter
 from distill_jax.train.state import TrainState
 from distill_jax.train.step import Metrics, StepConfig, make_step
@@ -113,7 +114,7 @@ class Fitted:
 def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
         frozen: Mapping[str, Tree] | None = None, evaluations: Mapping[str, Evaluation] | None = None,
         check: Callable[[Batch], None] | None = None, serve: Serve = serve_plain,
-        steering: Steering | None = None, outer: Outer | None = None) -> Fitted:
+        steering: Steering | None = None, outer: Outer | None = None, damaged: Damaged = list) -> Fitted:
     """Train until `run.steps` updates are done or a signal asks to stop; either way the state is saved.
 
     state        of step 0 (`create_state`); replaced by the newest checkpoint of `run.folder` where there is one
@@ -121,6 +122,7 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
     check        called with the first global batch (NumPy) of a fresh run, may raise (empty supervised mask)
     steering     changes what `source` reads; its state is `state.controllers["source"]`
     outer        moves controllers between updates
+    damaged      gives the shards that this process had to leave rows of out so far
     Raises ValueError for a checkpoint of another model or recipe, and when too many steps in a row are not finite.
     """
     checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
@@ -137,12 +139,14 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
             reporter.say(f"resumed at update {start} of {run.steps}")
         votes = Votes(config.mesh)
         loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}), serve, steering,
-                     outer, watchdog)
+                     outer, watchdog, LostRows(run.name, damaged))
         with votes.listening(), watchdog.watching():
             if start < run.steps:
                 state, start = loop.updates(state, dict(frozen or {}), start)
         checkpoints.wait()
+        loop.lost.pass_on()
         peers.current().barrier(f"{run.name}: end", str(start))
+        loop.lost.say(reporter)
         if start < run.steps:
             why = votes.signal or "a signal to another process"
             reporter.say(f"{why}: saved after update {start} of {run.steps}; the same command resumes")
@@ -181,6 +185,7 @@ class _Loop:
     steering: Steering | None = None
     outer: Outer | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
+    lost: LostRows = field(default_factory=LostRows)
     bad_in_a_row: int = 0
     bases: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
@@ -271,11 +276,13 @@ class _Loop:
         self.watchdog.alive()
         peers.current().note(f"{self.run.name}: update {step + 1}")
         self.window.add(metrics)
+        self.lost.pass_on()
         if (step + 1) % self.run.log_every and step + 1 < self.run.steps and not last:
             return
         first = step + 1 - len(self.window)
         values, ok = self.window.close()
-        self.reporter.report(step + 1, values)
+        self.lost.say(self.reporter)
+        self.reporter.report(step + 1, values | self.lost.numbers)
         for number, fine in enumerate(ok, start=first):
             self.bad_in_a_row = 0 if fine else self.bad_in_a_row + 1
             if not fine:

@@ -1,11 +1,14 @@
 """A whole recipe over two processes by launch/local.sh: training takes both, other stages one; a loss is a restart."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distill_jax.data.source_specs import Store
@@ -56,6 +59,20 @@ def test_a_process_that_is_lost_is_a_restart_of_all(stage, tmp_path):
     assert (folder / "look" / "looked").read_text() == "once\n", "process 0 alone"
     lines = (folder / "train" / "metrics" / "train.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4], "written by process 0 alone"
+
+
+def test_a_bad_shard_that_is_skipped_is_said_once_by_the_first_process_and_both_go_on(stage, tmp_path):
+    store = Path(stage.source.path)
+    shutil.copytree(store, tmp_path / "store")
+    next((tmp_path / "store" / "data").glob("000001-*/tokens/c.0.0.0")).unlink()
+    source = dataclasses.replace(stage.source, path=str(tmp_path / "store"), bad_shards="skip")
+    done, folder = local(tmp_path, (dataclasses.replace(stage, source=source),), "--devices", "2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = [line for line in done.stdout.splitlines() if "cannot be read" in line]
+    assert len(said) == 1 and "store: shard 1: 8 of its 8 rows cannot be read and are left out" in said[0]
+    lines = [json.loads(line) for line in (folder / "metrics" / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["lost_rows"] == 8
+    assert lines[-1]["bad_shards"] == 1 and all(np.isfinite(line["loss"]) for line in lines)
 
 
 def test_an_error_is_no_reason_to_start_again(tmp_path):

@@ -15,8 +15,9 @@ from distill_jax.traces.store.shards import Commit, Shards
 
 WINDOW = 32
 """Rows a batch of reads. Two batches are in flight within a call: bounded memory, and latency is hidden."""
-HANDLES = 512
-"""Open shards kept; a handle is a few kilobytes and holds no data."""
+HANDLES = 4096
+"""Open shards kept; a handle is five kilobytes and holds no data. Reads of a shuffled store go to another shard each:
+of more shards than this, most have to be opened again."""
 
 
 Tables = Mapping[str, Mapping[str, np.ndarray]]

@@ -116,7 +116,7 @@ def encode_tokens(row: RowArrays) -> np.ndarray:
 
 
 def decode_tokens(planes: Mapping[str, np.ndarray], n: int, places: bool = True) -> RowArrays:
-    """Inverse of `encode_tokens`. places=False leaves parts and spans empty: half of the work, and no batch has them."""
+    """Inverse of `encode_tokens`. places=False leaves parts and spans empty: half of the work, not part of a batch."""
     tokens, roles = column(planes, "token", n), column(planes, "role", n, np.uint8)
     parts, spans = _places(planes, n) if places else (np.zeros(0, np.int16), np.zeros((0, 2), np.int32))
     return RowArrays(tokens=tokens, roles=roles, steps=column(planes, "step", n), parts=parts, spans=spans)
