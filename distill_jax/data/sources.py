@@ -375,7 +375,7 @@ def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
 
 
 def serve(source: BatchSource | PhasedSource, start_step: int = 0, process_index: int = 0, process_count: int = 1, *,
-          stop_step: int | None = None, threads: int = 4, ahead: int = 4) -> Served:
+          stop_step: int | None = None, threads: int | None = None, ahead: int | None = None) -> Served:
     """Iterate over this process's rows of the batches from `start_step` on; see `data.serve`."""
     return Served(source.batch, source.rows, start_step, process_index, process_count, stop_step=stop_step,
                   threads=threads, ahead=ahead)

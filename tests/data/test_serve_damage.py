@@ -1,5 +1,7 @@
 """A store behind Grain's reading threads: damage comes out with its place, an object store is as good as a disk."""
 
+import threading
+import time
 from dataclasses import replace
 
 import jax
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import distill_jax.data.sources as sources
+from distill_jax.data.serve import Served
 from distill_jax.data.source_specs import Pairs, Prefix, Store
 from distill_jax.data.sources import open_source, serve
 from distill_jax.traces.store import CorruptShard, TraceStore
@@ -163,3 +166,50 @@ def test_a_read_that_succeeds_when_tried_again_loses_nothing(tiny, tmp_path, mon
     for x, y in zip(jax.tree.leaves(source.batch(3)), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(x, y)
     assert left == [0] and source.damaged() == []
+
+
+def readers():
+    return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch") and t.is_alive()]
+
+
+def test_closing_ends_the_threads_that_read_ahead(tiny, tmp_path):
+    make_store(tmp_path / "s", some_traces(20), tiny, "topk")
+    before = set(readers())
+    batches = serve(opened(tmp_path / "s", tiny))
+    next(batches)
+    assert set(readers()) - before
+    batches.close()
+    batches.close()
+    end = time.monotonic() + 20
+    while set(readers()) - before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not set(readers()) - before
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)
+
+
+def test_how_far_is_read_ahead_is_a_setting(tiny, tmp_path, monkeypatch):
+    made = []
+
+    def batch(step, rows):
+        made.append(step)
+        return step
+
+    def read(ahead):
+        monkeypatch.setenv("DISTILL_JAX_READ_AHEAD", str(ahead))
+        made.clear()
+        served = Served(batch, 2, 0, 0, 1)
+        next(served)
+        end = time.monotonic() + 20
+        while len(made) < ahead + 1 and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        served.close()
+        return sorted(made)
+
+    assert read(1) == [0, 1] and read(7) == list(range(8))
+    for name in ("DISTILL_JAX_READ_AHEAD", "DISTILL_JAX_READ_THREADS"):
+        monkeypatch.setenv(name, "none")
+        with pytest.raises(ValueError, match=f"{name}='none': expected a whole number of at least 1"):
+            Served(batch, 2, 0, 0, 1)
+        monkeypatch.delenv(name)
