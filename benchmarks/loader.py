@@ -1,15 +1,18 @@
 """Loader: tokens/s of packed batches from a trace store, against parsing JSON and tokenising in every step.
 
-    python benchmarks/loader.py [--rows 2000] [--seq-len 4096] [--k 64] [--tokenizer DIR] [--seconds 8]
+    python benchmarks/loader.py [--rows 2000] [--seq-len 4096] [--k 64] [--tokenizer DIR] [--seconds 8] [--processes 2]
+    python benchmarks/loader.py --against CHECKOUT          # this package against that of another checkout, in turns
 
-Both sides read the same traces in one run, with the same number of threads, and count tokens that carry data (not
-padding). Without --tokenizer a byte-level BPE of 8k ids is trained on the traces.
+All sides read the same traces in one run and count tokens that carry data (not padding). Without --tokenizer a
+byte-level BPE of 8k ids is trained on the traces.
 """
 
 import argparse
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -52,16 +55,16 @@ def train_tokenizer(folder: Path, traces: list[Trace]) -> Tokenizer:
                                   show_progress=False)
     tok.train_from_iterator((t.thinking for t in traces[:300]), trainer)
     tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
     return load_tokenizer(folder)
 
 
-def write_store(path: Path, traces: list[Trace], tok: Tokenizer, k: int) -> int:
+def write_store(path: Path, traces: list[Trace], tok: Tokenizer, k: int, shard_rows: int = 256) -> int:
     """Store with a top-k signal of random outcomes; returns its bytes on disk."""
     store = TraceStore.create(str(path), StoreHeader(tokenizer=tok.info(), template=template_id(tok)))
-    with store.writer() as out:
+    with store.writer(shard_rows) as out:
         for t in traces:
             out.append(render(t, tok))
     store = TraceStore.open(str(path))
@@ -100,55 +103,113 @@ def prefetched(make: Callable[[int], int], threads: int) -> Iterator[int]:
             waiting.append(pool.submit(make, i))
 
 
+LAST = [0.0]
+
+
 def rate(steps: Iterator[int], seconds: float) -> float:
-    """Tokens per second, after one step of warming up. Prints tokens per second of CPU time of the whole process (all
-    threads), which says more than the clock where others use the machine."""
+    """Tokens per second, after one step of warming up. Leaves in `LAST` those per second of CPU time of the whole
+    process (all threads), which says more than the clock where others use the machine."""
     next(steps)
     start, cpu, tokens = time.perf_counter(), time.process_time(), 0
     while (spent := time.perf_counter() - start) < seconds:
         tokens += next(steps)
-    print(f"  {tokens / (time.process_time() - cpu):12,.0f} tokens per CPU second", end="  ")
+    LAST[0] = tokens / (time.process_time() - cpu)
     return tokens / spent
 
 
-def main() -> None:
+def measure(store: str, tok: Tokenizer, signals: tuple[str, ...], a: argparse.Namespace) -> float:
+    """Tokens per second of one process's share of the batches."""
+    sources.SMALL_STORE = 0  # else later epochs of a small store would come from memory
+    source = open_source(Store(path=store, rows=a.batch * a.processes, seq_len=a.seq_len, signals=signals), tok, seed=0)
+
+    def tokens() -> Iterator[int]:
+        for batch in serve(source, 0, a.process, a.processes, threads=a.threads):
+            yield int((batch.main.segment_ids > 0).sum())
+
+    return rate(tokens(), a.seconds)
+
+
+def in_processes(store: str, tok: str, signals: tuple[str, ...], a: argparse.Namespace, root: str = "",
+                 processes: int = 1) -> tuple[float, float]:
+    """(tokens per second of all processes, of a CPU second of one) with the package of checkout `root`."""
+    root = root or str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, __file__, "--measure", store, "--tokenizer", tok, "--signals", ",".join(signals)]
+    command += [f"--{name.replace('_', '-')}={getattr(a, name)}" for name in ("batch", "seq_len", "threads", "seconds")]
+    begun = [subprocess.Popen([*command, "--process", str(i), "--processes", str(processes)], text=True,
+                              env=os.environ | {"PYTHONPATH": root}, stdout=subprocess.PIPE) for i in range(processes)]
+    said = [json.loads(p.communicate()[0].splitlines()[-1]) for p in begun]
+    return sum(s["tokens"] for s in said), float(np.mean([s["cpu"] for s in said]))
+
+
+def compare(store: str, tok: str, a: argparse.Namespace) -> None:
+    """The package of another checkout and this one, in turns; the best of three each: others use the machine too."""
+    for signals in ((), ("topk",)):
+        best = [0.0, 0.0]
+        for _ in range(3):
+            for i, root in enumerate((a.against, "")):
+                best[i] = max(best[i], in_processes(store, tok, signals, a, root)[1])
+        name = f"with topk:{a.k}" if signals else "tokens only"
+        print(f"{name:24} before {best[0]:12,.0f}  now {best[1]:12,.0f} tokens per CPU second "
+              f"{best[1] / best[0]:5.2f}x", flush=True)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--shard-rows", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--tokenizer")
-    a = parser.parse_args()
-    sources.SMALL_STORE = 0  # else later epochs of a small store would come from memory
+    parser.add_argument("--against", help="another checkout of this repository: its package and this one, in turns")
+    parser.add_argument("--processes", type=int, default=1, help="also so many processes at once, each with its share")
+    parser.add_argument("--process", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--signals", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    a = arguments()
+    if a.measure:
+        got = measure(a.measure, load_tokenizer(a.tokenizer), tuple(filter(None, a.signals.split(","))), a)
+        print(json.dumps({"tokens": got, "cpu": LAST[0]}))
+        return
     traces = make_traces(a.rows)
     with tempfile.TemporaryDirectory() as temp:
-        tok = load_tokenizer(a.tokenizer) if a.tokenizer else train_tokenizer(Path(temp) / "tok", traces)
-        size = write_store(Path(temp) / "store", traces, tok, a.k)
-        lines = [json.dumps(t.to_json()) for t in traces]
-        print(f"{a.rows} traces, vocabulary {tok.real:,}, batches of {a.batch} x {a.seq_len}, {a.threads} threads, "
-              f"store with topk:{a.k} {size / 1e6:.0f} MB")
-
-        def ours(signals: tuple[str, ...]) -> Iterator[int]:
-            source = open_source(Store(path=str(Path(temp) / "store"), rows=a.batch, seq_len=a.seq_len,
-                                       signals=signals), tok, seed=0)
-            print(f"  packed to {source.describe()[0]['fill']:.1%}", end="  ")
-            for batch in serve(source, threads=a.threads):
-                yield int((batch.main.segment_ids > 0).sum())
-
-        base = rate(naive(lines, tok, a.batch, a.seq_len), a.seconds)
-        print(f"naive, one thread           {base:12,.0f} tokens/s   1.0x   (padded)")
-
-        def one(i: int) -> int:
-            part = [lines[(i * a.batch + b) % len(lines)] for b in range(a.batch)]
-            return next(naive(part, tok, a.batch, a.seq_len))
-
-        many = rate(prefetched(one, a.threads), a.seconds)
-        print(f"naive, {a.threads} threads            {many:12,.0f} tokens/s {many / base:5.1f}x   (padded)")
+        folder, store = Path(temp) / "tok", Path(temp) / "store"
+        tok = load_tokenizer(a.tokenizer) if a.tokenizer else train_tokenizer(folder, traces)
+        tok.save(folder)
+        size = write_store(store, traces, tok, a.k, a.shard_rows)
+        print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {a.rows} traces in shards of "
+              f"{a.shard_rows}, vocabulary {tok.real:,}, batches of {a.batch} x {a.seq_len}, {a.threads} threads, "
+              f"store with topk:{a.k} {size / 1e6:.0f} MB", flush=True)
+        if a.against:
+            return compare(str(store), str(folder), a)
+        base = against_text([json.dumps(t.to_json()) for t in traces], tok, a)
         for name, signals in (("store, tokens only", ()), (f"store, with topk:{a.k}", ("topk",))):
-            got = rate(ours(signals), a.seconds)
-            print(f"{name:24} {got:12,.0f} tokens/s {got / base:5.1f}x")
+            for n in sorted({1, a.processes}):
+                got, cpu = in_processes(str(store), str(folder), signals, a, processes=n)
+                print(f"{name:24} {n} process{'es' if n > 1 else '  '} {got:12,.0f} tokens/s {got / base:5.1f}x  "
+                      f"{cpu:12,.0f} tokens per CPU second", flush=True)
+
+
+def against_text(lines: list[str], tok: Tokenizer, a: argparse.Namespace) -> float:
+    """Tokens per second of what parses and tokenises in every step, by one thread."""
+    base = rate(naive(lines, tok, a.batch, a.seq_len), a.seconds)
+    print(f"naive, one thread           {base:12,.0f} tokens/s   1.0x  {LAST[0]:12,.0f} tokens per CPU second (padded)")
+
+    def one(i: int) -> int:
+        part = [lines[(i * a.batch + b) % len(lines)] for b in range(a.batch)]
+        return next(naive(part, tok, a.batch, a.seq_len))
+
+    if a.threads > 1:
+        many = rate(prefetched(one, a.threads), a.seconds)
+        print(f"naive, {a.threads} threads            {many:12,.0f} tokens/s {many / base:5.1f}x  {LAST[0]:12,.0f} "
+              "tokens per CPU second (padded)", flush=True)
+    return base
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from distill_jax.models.families import from_hf
 from distill_jax.models.lora import from_json, merge
 from distill_jax.models.transformer import Transformer
 from distill_jax.sharding import DEFAULT_RULES, Rules, param_shardings
-from distill_jax.train.checkpoint import COMMITTED, latest_params, latest_step
+from distill_jax.train.checkpoint import COMMITTED, checkpoints_of, latest_params, latest_step
 
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer.json*", "tokenizer.model*", "vocab.json*", "*.model")
@@ -91,7 +91,7 @@ def _local(path: Path) -> Path:
     final = json.loads(pointer.read_text()).get("final") if pointer.is_file() else ""
     folder = path / final if final else path
     if is_run(folder):
-        if latest_step(folder / "checkpoints") is None:
+        if latest_step(checkpoints_of(folder)) is None:
             raise ValueError(f"the run {folder} has no complete checkpoint yet; let it train (distill-jax train)")
         return folder
     if pointer.is_file():
@@ -140,10 +140,10 @@ def _download(url: str) -> Path:
 
 def _from_checkpoint(folder: Path, model: Transformer, provider: str | None, *, mesh: Mesh | None, rules: Rules,
                      dtype: Any, step: int | None) -> dict[str, Any]:
-    checkpoints = folder / "checkpoints"
+    checkpoints = checkpoints_of(folder)
     if provider is None:
         trained = checkpoints / str(latest_step(checkpoints)) / "params"
-        names = sorted(p.name for p in trained.iterdir()) if trained.is_dir() else []
+        names: list[str] = sorted(p.name for p in trained.iterdir()) if trained.is_dir() else []
         provider = names[0] if len(names) == 1 else "student"
     shardings = None if mesh is None else lambda shapes: param_shardings(mesh, shapes, rules)
     params = latest_params(checkpoints, provider, shardings=shardings, dtype=dtype, step=step)
@@ -169,7 +169,7 @@ def _merged(adapter: Path, *, mesh: Mesh | None, rules: Rules, dtype: Any, compu
         raise ValueError(f"{adapter.parent.parent} holds adapters of {base!r}, which cannot be read: {e}; put it back, "
                          f'or correct "base" in {adapter}') from None
     wanted = jax.eval_shape(lora.init, hf.param_shapes(model), jax.random.key(0))
-    checkpoints = adapter.parent.parent / "checkpoints"
+    checkpoints = checkpoints_of(adapter.parent.parent)
     adapters = latest_params(checkpoints, provider or "student", step=step, dtype=jnp.float32,
                              shardings=None if mesh is None else lambda shapes: param_shardings(mesh, shapes, rules))
     if {n: x.shape for n, x in paths(wanted)} != {n: x.shape for n, x in paths(adapters)}:

@@ -164,10 +164,21 @@ class MeshShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """When checkpoints are written: every `steps` updates (0: only at the end), keeping the newest `keep`."""
+    """When checkpoints are written: every `steps` updates (0: only at the end), keeping the newest `keep`.
+
+    at  where: None: in the run's folder; a folder or `gs://bucket/path`: below it, by the names of run and stage, with
+        the model's configuration and tokenizer beside them. The rest of the run stays in its folder
+    """
 
     steps: int = 500
     keep: int = 2
+    at: str | None = None
+
+    def __post_init__(self) -> None:
+        scheme, url, _ = (self.at or "").partition("://")
+        if url and scheme != "gs":
+            raise ValueError(f"saving.at={self.at!r}: checkpoints go to a folder or to gs://, Orbax cannot write them "
+                             f"to {scheme}://; give a folder where the bucket is mounted (trace stores can be on s3://)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +323,10 @@ class Recipe:
         for name in (self.name, *names):  # they are folders
             if not name or {"", ".", ".."} & set(name.split("/")):
                 raise ValueError(f"name {name!r}: expected the name of a folder, e.g. kd or 2024/kd")
+
+        if "://" in self.runs:
+            raise ValueError(f"runs={self.runs!r}: a run's own files take a folder that all hosts see; its checkpoints "
+                             f"can go to gs:// by themselves: --set saving.at={self.runs}")
 
     @property
     def folder(self) -> Path:

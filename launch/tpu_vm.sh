@@ -4,7 +4,8 @@
 #                    [--dry-run] [-- --set path=value ...]
 # Copies this checkout to every worker, installs it there (launch/venv.sh) and runs the recipe; the workers find each
 # other (DISTILL_JAX_DISTRIBUTED=auto). --create asks for the slice first (e.g. v5p-64, v6e-32) as a queued resource.
-# The recipe's `runs` and stores must lie where all workers see them (gs://...). A second call continues the run.
+# Checkpoints (-- --set saving.at=gs://BUCKET/runs) and stores must lie where all workers see them. A second call
+# continues the run.
 # Code 75 (a worker was lost) starts all of them again, at most K times (3). --dry-run prints every command.
 set -euo pipefail
 cd "$(dirname "$0")/.."

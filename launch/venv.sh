@@ -36,7 +36,7 @@ constraints="constraints-py311.txt"
 [ "$minor" -ge 12 ] && constraints="constraints-py312.txt"
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then extras+=(cuda)
-elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then extras+=(tpu); fi
+elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then extras+=(tpu gcs); fi
 spec="."
 [ ${#extras[@]} -gt 0 ] && spec=".[$(IFS=,; echo "${extras[*]}")]"
 

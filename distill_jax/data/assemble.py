@@ -1,7 +1,7 @@
 """Rows into the arrays of a `Batch`: the only place where per-token fields are laid side by side."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from distill_jax.core.batch import Batch, HiddenStates, Sampled, Signal, Stream, TokenLogprob, TopK
 from distill_jax.core.roles import SUPERVISED, Role
 from distill_jax.data.tokenizer import Tokenizer
-from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, blank
+from distill_jax.traces.store import RowArrays, SignalHeader, SignalRow, Undecoded, blank, lay
 
 BATCHED: dict[str, Any] = {"topk": TopK, "token": TokenLogprob, "sampled": Sampled, "hidden": HiddenStates}
 """What a signal of each kind is in a batch: the arrays of its rows that have the same names."""
@@ -26,9 +26,14 @@ class Placed:
 
     row: RowArrays
     row_id: int
-    signals: Mapping[str, SignalRow | None]
+    signals: Mapping[str, SignalRow | Undecoded | None]
     others: Mapping[str, RowArrays] = field(default_factory=dict)
     fields: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def decoded(placed: Placed) -> Placed:
+    """The same row, its signals decoded: for one that is kept."""
+    return replace(placed, signals={n: s.row() if isinstance(s, Undecoded) else s for n, s in placed.signals.items()})
 
 
 class _Lines:
@@ -61,12 +66,12 @@ class BatchBuilder:
                  others: Mapping[str, int] | None = None, further: Mapping[str, Any] | None = None) -> None:
         self.fields = {name: np.zeros((rows, seq_len), dtype) for name, dtype in (further or {}).items()}
         self.views = {name: _Lines(rows, n) for name, n in {"main": seq_len, **(others or {})}.items()}
-        self.signals: dict[str, dict[str, np.ndarray]] = {}
         self._kinds = {name: BATCHED[header.kind] for name, header in headers.items()}
-        for name, header in headers.items():
-            nothing = blank(header, 1).arrays()
-            self.signals[name] = {f.name: np.array(np.broadcast_to(nothing[f.name][0], (
-                rows, seq_len, *nothing[f.name].shape[1:]))) for f in fields(self._kinds[name])}
+        self._nothing = {name: {f.name: blank(header, 1).arrays()[f.name][0] for f in fields(self._kinds[name])}
+                         for name, header in headers.items()}
+        self.signals = {name: {array: np.empty((rows, seq_len, *x.shape), x.dtype) for array, x in nothing.items()}
+                        for name, nothing in self._nothing.items()}
+        self._filled = np.zeros(rows, np.int64)  # positions of each sequence whose signals are there
 
     def put(self, b: int, placed: Iterable[Placed]) -> None:
         """Lay rows one after the other into sequence b. A row longer than what is left is cut."""
@@ -81,13 +86,27 @@ class BatchBuilder:
                     for name, values in p.fields.items():
                         self.fields[name][b, where] = values[:where.stop - where.start]
 
-    def _put_signals(self, b: int, where: slice, signals: Mapping[str, SignalRow | None]) -> None:
-        for name, said in signals.items():
-            for array, into in self.signals[name].items() if said is not None else ():
-                values = getattr(said, array)[:where.stop - where.start]
-                into[(b, where, *(slice(k) for k in values.shape[1:]))] = values  # a store may keep fewer outcomes
+    def _put_signals(self, b: int, where: slice, signals: Mapping[str, SignalRow | Undecoded | None]) -> None:
+        for name, arrays in self.signals.items():
+            into = {array: x[b, where] for array, x in arrays.items()}
+            said = signals.get(name)
+            if said is None:
+                self._leave(name, into)
+            elif isinstance(said, Undecoded):
+                said.lay(into)
+            else:
+                lay(said, into)
+        self._filled[b] = where.stop
+
+    def _leave(self, name: str, into: Mapping[str, np.ndarray]) -> None:
+        """The teacher said nothing here."""
+        for array, x in into.items():
+            x[...] = self._nothing[name][array]
 
     def batch(self) -> Batch:
+        for b, filled in enumerate(self._filled.tolist()):
+            for name, arrays in self.signals.items():
+                self._leave(name, {array: x[b, filled:] for array, x in arrays.items()})
         signals: dict[str, Signal] = {name: self._kinds[name](**a) for name, a in self.signals.items()}
         fields = {"main": self.fields}
         return Batch(views={name: Stream(**lines.arrays, fields=fields.get(name, {}))

@@ -9,10 +9,10 @@ import numpy as np
 
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.pack import Plan
-from distill_jax.data.rowset import FIELDS, RowSet
+from distill_jax.data.rowset import FIELDS, ReadSignal, RowSet
 from distill_jax.data.source_specs import Pairs
 from distill_jax.traces.pairing import NOBODY, Answers, Built, build_units
-from distill_jax.traces.store import RowArrays, RowIndex, SignalReader, SignalRow
+from distill_jax.traces.store import RowArrays, RowIndex, SignalReader
 
 CHOSEN, REJECTED, MISMATCHED = 1, 0, 2
 DTYPES: dict[str, Any] = {"pair_ids": np.int32, "chosen": np.float32, "rejected": np.float32, "apart": np.float32}
@@ -116,25 +116,31 @@ class UnitRows(RowSet):
                          lengths)
         self.whole, self._base, self._units = lengths, base, units
 
-    def read(self, numbers: np.ndarray) -> list[RowArrays]:
+    def read(self, numbers: np.ndarray, places: bool = True) -> list[RowArrays]:
         numbers = np.asarray(numbers, np.int64)
-        rows = self._base.read(self._units.rows[numbers])
+        rows = self._base.read(self._units.rows[numbers], places)
         joined = np.flatnonzero(self._units.mismatched[numbers])
-        others = self._base.read(self._units.written[numbers[joined]]) if len(joined) else []
+        others = self._base.read(self._units.written[numbers[joined]], places) if len(joined) else []
         for at, other in zip(joined.tolist(), others):
             rows[at] = self._joined(numbers[at], rows[at], other)
         return rows
+
+    def readable(self, numbers: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """As `RowSet.readable`; a unit is read whole or not at all."""
+        units = self._units
+        good = self._base.readable(units.rows[numbers], lost) & self._base.readable(units.written[numbers], lost)
+        unit = np.searchsorted(units.starts, numbers, side="right")
+        return ~np.isin(unit, unit[~good])
 
     def _joined(self, number: int, prompt: RowArrays, written: RowArrays) -> RowArrays:
         a, b = self._first[self._units.rows[number]], self._first[self._units.written[number]]
         return RowArrays(**{name: np.concatenate([getattr(prompt, name)[:a], getattr(written, name)[b:]])
                             for name in FIELDS})
 
-    def read_signal(self, reader: SignalReader, numbers: np.ndarray, rows: Sequence[RowArrays]
-                    ) -> list[SignalRow | None]:
+    def read_signal(self, reader: SignalReader, numbers: np.ndarray) -> ReadSignal:
         numbers = np.asarray(numbers, np.int64)
-        out = self._base.read_signal(reader, self._units.rows[numbers], rows)
-        return [said if self.attached[i] else None for said, i in zip(out, numbers)]
+        base = self._base.read_signal(reader, self._units.rows[numbers])
+        return lambda rows: [said if self.attached[i] else None for said, i in zip(base(rows), numbers)]
 
 
 def units_of(spec: Pairs, rowset: RowSet, index: RowIndex, seed: int) -> Units:

@@ -19,10 +19,12 @@ from distill_jax.data import align
 from distill_jax.data.render import Style, render, template_id
 from distill_jax.data.tokenizer import Tokenizer
 from distill_jax.traces.ops.base import Op, Pipeline
-from distill_jax.traces.store import Row, RowArrays, SignalReader, SignalRow, TraceStore
+from distill_jax.traces.store import Row, RowArrays, SignalReader, SignalRow, TraceStore, Undecoded
 from distill_jax.traces.trace import Trace
 
 READ_AT_ONCE = 4096
+Said = SignalRow | Undecoded | None
+ReadSignal = Callable[[Sequence[RowArrays]], list[Said]]
 SAMPLE = 64  # rows whose coverage is measured before a run
 FIELDS = {"tokens": np.int32, "roles": np.uint8, "steps": np.int32, "parts": np.int16, "spans": np.int32}
 
@@ -118,27 +120,36 @@ class RowSet:
                 out[n] = written[0] if len(written) else out[n]
         return out
 
-    def read(self, numbers: np.ndarray) -> list[RowArrays]:
-        rows = self.store.read(self.origin[numbers]) if self.flat is None else self.flat.read(numbers)
+    def read(self, numbers: np.ndarray, places: bool = True) -> list[RowArrays]:
+        """Rows in the order asked. places=False: parts and spans may be empty."""
+        rows = self.store.read(self.origin[numbers], places) if self.flat is None else self.flat.read(numbers)
         if self.lengths is self.whole:
             return rows
         return [RowArrays(**{name: getattr(row, name)[:n] for name in FIELDS})
                 for row, n in zip(rows, self.lengths[numbers].tolist())]
 
-    def read_signal(self, reader: SignalReader, numbers: np.ndarray, rows: Sequence[RowArrays]
-                    ) -> list[SignalRow | None]:
-        """Signal of these rows, aligned with them; None where a row has none, longer than the row where the
-        row is cut. `rows`: as `read` gave them."""
+    def readable(self, numbers: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """bool [n]: which of these rows need none of the store's rows that are lost, bool [N]."""
+        origin = self.origin[numbers]
+        return ~(lost[origin] & (origin >= 0))
+
+    def read_signal(self, reader: SignalReader, numbers: np.ndarray) -> ReadSignal:
+        """Begin to read the signal of these rows. What is returned takes the rows as `read` gives them: their signal,
+        aligned with them; None where a row has none, longer than the row where the row is cut."""
         numbers = np.asarray(numbers)
         ok = np.flatnonzero(self.attached[numbers] & (self.origin[numbers] < len(reader)))
         ids = self.origin[numbers[ok]]
-        signals = reader.read(ids) if len(ids) else []
-        stored = self.store.read(ids) if self.flat is not None and len(ids) else [None] * len(ids)
-        out: list[SignalRow | None] = [None] * len(numbers)
-        for i, signal, source in zip(ok.tolist(), signals, stored):
-            out[i] = signal if source is None else align.gather(
-                signal, align.align(source, rows[i], self._map).index, self._map)
-        return out
+        signals = reader.begin(ids)
+
+        def taken(rows: Sequence[RowArrays]) -> list[Said]:
+            stored = self.store.read(ids) if self.flat is not None and len(ids) else [None] * len(ids)
+            out: list[Said] = [None] * len(numbers)
+            for i, signal, source in zip(ok.tolist(), signals, stored):
+                out[i] = signal if source is None else align.gather(
+                    signal.row(), align.align(source, rows[i], self._map).index, self._map)
+            return out
+
+        return taken
 
     def coverage(self) -> float:
         """Share of the supervised tokens of a sample of rows that have their token in the store's rendering.

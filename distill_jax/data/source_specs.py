@@ -50,6 +50,9 @@ class Store:
     ops        operators on the traces; rows whose text they change are rendered again and lose their signal
     style      how the supervised turn is written (think tags)
     prefix     keep only the first part of every row
+    bad_shards what to do about rows whose stored bytes are damaged: "stop" with an error that names them, or "skip"
+               them: they are left out of their sequences, the order of all others stays, and each shard is reported
+               once. A store of which more than half is lost is an error all the same
     """
 
     path: str
@@ -65,8 +68,11 @@ class Store:
     ops: tuple[Any, ...] = ()
     style: Style = Style()
     prefix: Prefix | None = None
+    bad_shards: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
+        if self.bad_shards not in ("stop", "skip"):
+            raise ValueError(f"bad_shards is 'stop' or 'skip', got {self.bad_shards!r}")
         if self.rows < 1 or self.seq_len < 2:
             raise ValueError(f"rows must be at least 1 and seq_len at least 2, got {self.rows} and {self.seq_len}")
         if not 0 <= self.holdout < 1:

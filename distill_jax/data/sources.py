@@ -11,76 +11,22 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distill_jax.core.batch import Batch
-from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised
+from distill_jax.data.assemble import BatchBuilder, Placed, check_supervised, decoded
+from distill_jax.data.choosing import choose, kept_lengths
+from distill_jax.data.damage import BadShard, Damage
 from distill_jax.data.pack import Plan, plan
 from distill_jax.data.pairs import UnitRows, Units, units_of
 from distill_jax.data.rowset import RowSet, open_rows
 from distill_jax.data.serve import Served
-from distill_jax.data.source_specs import Mix, Pairs, Phases, Prefix, Source, Store
+from distill_jax.data.source_specs import Mix, Pairs, Phases, Source, Store
 from distill_jax.data.tokenizer import Tokenizer
-from distill_jax.traces.store import RowIndex, SignalHeader, SignalReader, StoredHead, TraceStore
-from distill_jax.traces.trace import FLAG_EMPTY_ANSWER, FLAG_TRUNCATED, FLAG_UNTERMINATED
-
-CUT_ANSWER = (FLAG_TRUNCATED, FLAG_UNTERMINATED, FLAG_EMPTY_ANSWER)
-
-
-def splitmix(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64: a good hash of integers (splitmix64)."""
-    x = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def held_out(groups: Sequence[str], share: float) -> np.ndarray:
-    """bool [N]: rows whose question is held out, by a hash of `Trace.group` alone."""
-    return _drawn(groups, share, b"holdout")
-
-
-def _drawn(groups: Sequence[str], share: float, why: bytes) -> np.ndarray:
-    """bool [N]: a share of the questions, the same for every seed; another `why` draws others."""
-    limit = int(share * 2**64)
-    number = lambda g: int.from_bytes(blake2b(g.encode(), digest_size=8, person=why).digest(), "little")
-    known = {g: number(g) < limit for g in set(groups)}
-    return np.array([known[g] for g in groups], bool)
-
-
-def kept_lengths(rowset: RowSet, prefix: Prefix, groups: Sequence[str]) -> np.ndarray:
-    """int32 [N]: tokens of each row that `prefix` keeps. `of="written"` reads every row once. groups: of the rows."""
-    length = rowset.lengths.astype(np.int64)
-    first = np.zeros_like(length) if prefix.of == "row" else rowset.first_written()
-    first = np.minimum(first, length - 1)  # nothing written: the row counts as its prompt and one token
-    kept = first + np.maximum(1, np.floor(prefix.share * (length - first) + 1e-9)).astype(np.int64)
-    return np.where(_drawn(groups, prefix.whole, b"whole"), length, kept).astype(np.int32)
-
-
-def choose(index: RowIndex, spec: Store) -> tuple[np.ndarray, dict[str, int]]:
-    """(numbers of the rows the filters keep, why the others were left out)."""
-    none = np.zeros(len(index.lengths), bool)
-    held = held_out(index.groups, spec.holdout) if spec.holdout else none
-    cut = np.array([any(f in CUT_ANSWER for f in flags) for flags in index.flags], bool)
-    reasons = {
-        "other split": {"train": held, "heldout": ~held, "all": none}[spec.split],
-        "verdict": {"correct": index.verdicts != 1, "not_wrong": index.verdicts == 0, "any": none}[spec.verdict],
-        "answer cut": none if spec.over_long == "cut" else cut}
-    left_out: dict[str, int] = {}
-    keep = ~none
-    for reason, bad in reasons.items():
-        left_out[reason] = int((keep & bad).sum())
-        keep &= ~bad
-    chosen = np.flatnonzero(keep)
-    if spec.max_rows is not None and len(chosen) > spec.max_rows:
-        left_out["max_rows"] = len(chosen) - spec.max_rows
-        chosen = np.sort(chosen[np.argsort(splitmix(chosen), kind="stable")[:spec.max_rows]])
-    return chosen, {k: v for k, v in left_out.items() if v}
-
+from distill_jax.traces.store import CorruptShard, SignalHeader, SignalReader, StoredHead, TraceStore
 
 SMALL_STORE = 256 * 2**20
 """Bytes of decoded rows up to which a source keeps them: later epochs of a small store decode nothing again."""
@@ -111,6 +57,7 @@ class RowSource:
     others  {view: the rows in other tokens}
     fields  `Stream.fields` by name: what rollouts say of their tokens
     units   rows that stand together in a sequence, and the fields they have
+    damage  what could not be read so far, where the spec goes on without it
     """
 
     spec: Store
@@ -122,36 +69,48 @@ class RowSource:
     signals: dict[str, SignalReader]
     left_out: dict[str, int]
     coverage: float = 1.0
+    damage: Damage | None = None
     _kept: dict[int, Placed] = field(default_factory=dict, repr=False, compare=False)
 
     def sequences(self, positions: Sequence[int], signals: bool = True) -> list[list[Placed]]:
-        """Rows of the sequences at these positions of the plan."""
-        numbers = [self.plan.at(p) for p in positions]
-        flat = np.concatenate([np.zeros(0, np.int64), *numbers])
+        """Rows of the sequences at these positions of the plan, without those that cannot be read."""
+        numbers = [self.plan.at(p).tolist() for p in positions]
+        flat = [i for n in numbers for i in n]
         if not signals or not self.small:
-            placed = self._read(flat, signals)
+            found = self._read(flat, signals)
         else:
-            missing = np.array([i for i in flat.tolist() if i not in self._kept], np.int64)
-            self._kept.update(zip(missing.tolist(), self._read(missing, signals)))
-            placed = [self._kept[i] for i in flat.tolist()]
-        ends = np.cumsum([len(n) for n in numbers])
-        return [placed[end - len(n):end] for n, end in zip(numbers, ends)]
+            found = self._kept
+            found.update({i: decoded(p) for i, p in self._read([i for i in flat if i not in found], signals).items()})
+        return [[found[i] for i in n if i in found] for n in numbers]
 
     @property
     def small(self) -> bool:
         outcomes = sum(max(1, r.header.k) for r in self.signals.values())
         return self.plan.tokens * (16 * (1 + len(self.others)) + 4 * len(self.dtypes) + 8 * outcomes) <= SMALL_STORE
 
-    def _read(self, numbers: np.ndarray, signals: bool) -> list[Placed]:
-        rows = self.rowset.read(numbers)
-        readers = self.signals if signals else {}
-        said = {n: self.rowset.read_signal(r, numbers, rows) for n, r in readers.items()}
+    def _read(self, numbers: Sequence[int], signals: bool) -> dict[int, Placed]:
+        """The rows of these numbers, without those that cannot be read."""
+        while True:
+            asked = np.array(numbers, np.int64)
+            if self.damage is not None:
+                asked = asked[self.rowset.readable(asked, self.damage.lost)]
+            try:
+                return self._placed(asked, signals)
+            except CorruptShard as e:
+                if self.damage is None:
+                    raise
+                self.damage.note(e)
+
+    def _placed(self, numbers: np.ndarray, signals: bool) -> dict[int, Placed]:
+        begun = {n: self.rowset.read_signal(r, numbers) for n, r in self.signals.items() if signals}
+        rows = self.rowset.read(numbers, places=False)
+        said = {n: read(rows) for n, read in begun.items()}
         others = {view: rowset.read(numbers) for view, rowset in self.others.items()}
         paired = self.units.fields(numbers.tolist(), rows) if self.units else [{}] * len(rows)
-        return [Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()},
-                       others={view: r[j] for view, r in others.items()},
-                       fields={name: f.rows[i] for name, f in self.fields.items()} | paired[j])
-                for j, (i, row) in enumerate(zip(numbers.tolist(), rows))]
+        return {i: Placed(row=row, row_id=int(self.rowset.origin[i]), signals={n: s[j] for n, s in said.items()},
+                          others={view: r[j] for view, r in others.items()},
+                          fields={name: f.rows[i] for name, f in self.fields.items()} | paired[j])
+                for j, (i, row) in enumerate(zip(numbers.tolist(), rows))}
 
     @property
     def dtypes(self) -> dict[str, Any]:
@@ -209,6 +168,10 @@ class BatchSource:
             check_supervised(out if rows is None else self._build(self.assigned(step), signals=False), self.tokenizer)
             self._state["checked"] = True
         return out
+
+    def damaged(self) -> list[BadShard]:
+        """The shards of which rows could not be read so far, where the stores' `bad_shards` goes on without them."""
+        return [bad for part in self.parts if part.damage for bad in part.damage.found]
 
     def _build(self, assigned: Sequence[tuple[int, int]], signals: bool) -> Batch:
         builder = BatchBuilder(len(assigned), self.seq_len, self.signals if signals else {},
@@ -293,6 +256,10 @@ class PhasedSource:
         phase = bisect_right(self.starts, step) - 1
         return self.parts[phase].batch(step - self.starts[phase], rows)
 
+    def damaged(self) -> list[BadShard]:
+        """As `BatchSource.damaged`."""
+        return [bad for part in self.parts for bad in part.damaged()]
+
     def describe(self) -> list[dict[str, Any]]:
         return [{"from_step": start} | about for start, part in zip(self.starts, self.parts)
                 for about in part.describe()]
@@ -337,11 +304,25 @@ def _open_source(spec: Store | Mix, tokenizer: Tokenizer, seed: int, readings: R
 
 def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int, readings: Readings | None = None) -> RowSource:
     """One store of a source."""
+    if "://" not in spec.path and not Path(spec.path).exists():
+        raise ValueError(f"no trace store at {spec.path!r}: there is no such folder")
+    store = TraceStore.open(spec.path)
+    damage = Damage(store, spec.signals) if spec.bad_shards == "skip" else None
+    while True:
+        try:
+            return _open_store(spec, store, damage, tokenizer, seed, dict(readings or {}))
+        except CorruptShard as e:  # where opening reads rows: it is begun again without those that cannot be read
+            if damage is None:
+                raise
+            damage.note(e)
+
+
+def _open_store(spec: Store, store: TraceStore, damage: Damage | None, tokenizer: Tokenizer, seed: int,
+                readings: Readings) -> RowSource:
     path = spec.path
-    if "://" not in path and not Path(path).exists():
-        raise ValueError(f"no trace store at {path!r}: there is no such folder")
-    store = TraceStore.open(path)
     chosen, left_out = choose(store.index(), replace(spec, max_rows=None) if isinstance(spec, Pairs) else spec)
+    if damage is not None and (bad := int(damage.lost[chosen].sum())):
+        chosen, left_out = chosen[~damage.lost[chosen]], left_out | {"cannot be read": bad}
     if len(chosen) == 0:
         raise ValueError(f"{path}: none of {len(store)} rows is left: {json.dumps(left_out)}. Relax verdict= (it is "
                          f"{spec.verdict!r}), over_long= or holdout=.")
@@ -359,12 +340,12 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int, readings: Readin
         groups = store.index().groups
         rowset = rowset.cut(kept_lengths(rowset, spec.prefix, [groups[i] for i in rowset.origin]))
     others = {view: open_rows(store, chosen, r.tokenizer, spec.style, spec.ops, seed)
-              for view, r in (readings or {}).items()}
+              for view, r in readings.items()}
     units = units_of(spec, rowset, store.index(), seed) if isinstance(spec, Pairs) else None
     if units is not None:
         rowset, others = UnitRows(rowset, units), {view: UnitRows(r, units) for view, r in others.items()}
     room = None
-    for view, r in (readings or {}).items():  # as many places of `main` as the row takes of the other view
+    for view, r in readings.items():  # as many places of `main` as the row takes of the other view
         taken = -(-others[view].lengths.astype(np.int64) * spec.seq_len // r.seq_len)
         room = taken if room is None else np.maximum(room, taken)
     whole = readings or units
@@ -374,7 +355,7 @@ def open_store(spec: Store, tokenizer: Tokenizer, *, seed: int, readings: Readin
     if units is not None:
         units, made = replace(units, pair_ids=units.placed(made)), made.of_members(units.starts)
     return RowSource(spec=spec, rowset=rowset, others=others, units=units, plan=made, signals=signals,
-                     left_out=left_out, coverage=coverage)
+                     left_out=left_out, coverage=coverage, damage=damage)
 
 
 def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
@@ -394,7 +375,7 @@ def _headers(parts: Sequence[RowSource]) -> dict[str, SignalHeader]:
 
 
 def serve(source: BatchSource | PhasedSource, start_step: int = 0, process_index: int = 0, process_count: int = 1, *,
-          stop_step: int | None = None, threads: int = 4, ahead: int = 4) -> Served:
+          stop_step: int | None = None, threads: int | None = None, ahead: int | None = None) -> Served:
     """Iterate over this process's rows of the batches from `start_step` on; see `data.serve`."""
     return Served(source.batch, source.rows, start_step, process_index, process_count, stop_step=stop_step,
                   threads=threads, ahead=ahead)

@@ -12,8 +12,8 @@ import numpy as np
 from distill_jax.core.batch import FOREIGN
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.chat import THINK_CLOSE
+from distill_jax.data.choosing import CUT_ANSWER, held_out
 from distill_jax.data.render import render, template_id
-from distill_jax.data.sources import CUT_ANSWER, held_out
 from distill_jax.data.tokenizer import Tokenizer, same_real_ids
 from distill_jax.jobs.patient import Finding, Patient
 from distill_jax.traces.formats import LOOK, detect, read_rows

@@ -22,7 +22,7 @@ from distill_jax.recipe import Recipe, Stage
 from distill_jax.rollout.scoring import SignalSpec, score_rows
 from distill_jax.traces.store import Row, TokenRow, TraceStore
 from distill_jax.traces.trace import Trace
-from distill_jax.train.checkpoint import complete_steps
+from distill_jax.train.checkpoint import checkpoints_of, complete_steps
 
 CLIPPING = (ppo_clip, gspo, gspo_token)
 
@@ -49,7 +49,7 @@ def clipped(stage: Path, since: int, store: TraceStore, traces: Sequence[Trace],
     The loss is that of the recipe's policy term; with `low` or `high` (or where the recipe says nothing) PPO's, 0.2
     where one is not given. The checkpoint is the first after the round began; else the newest.
     """
-    steps = complete_steps(stage / "checkpoints")
+    steps = complete_steps(checkpoints_of(stage))
     if not steps:
         raise ValueError(f"{stage} has no complete checkpoint yet, and ratios are taken under one; wait for the first")
     checkpoint = next((s for s in steps if s > since), steps[-1])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distill_jax.core.head import Head
-from distill_jax.data.sources import held_out
+from distill_jax.data.choosing import held_out
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.decode.generator import bucket
 from distill_jax.eval.fidelity import Fidelity, projection

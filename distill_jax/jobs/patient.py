@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from distill_jax.data.choosing import choose
 from distill_jax.data.render import render
 from distill_jax.data.rowset import matches
 from distill_jax.data.source_specs import Store
-from distill_jax.data.sources import choose
 from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.traces.store import RowArrays, RowIndex, SignalReader, TraceStore
 from distill_jax.traces.trace import Trace

@@ -91,10 +91,9 @@ def _measure(opened: Opened, folder: Path, steps: int, echo: Echo) -> Measured:
         bases = {name: base for name, base in frozen.items() if name.startswith(BASE)}
         steered = opened.steering.update(opened.steering.initial(), {**state.params, **bases}, 0)
         source, sampling = opened.steering.source(steered), time.perf_counter() - began
-    feed: Iterator[Batch] = Feed(source, config.mesh, 0, serve)
-    batch = next(feed)
-    if opened.steering:  # what was sampled is for the updates before the next rollouts
-        feed = itertools.repeat(batch)
+    served = Feed(source, config.mesh, 0, serve)
+    batch = next(served)  # what was sampled is for the updates before the next rollouts: it stays
+    feed: Iterator[Batch] = itertools.repeat(batch) if opened.steering else served
     began = time.perf_counter()
     step = lowerable(make_step(config, state)).lower(state, frozen, batch).compile()
     compiling = time.perf_counter() - began
@@ -106,6 +105,7 @@ def _measure(opened: Opened, folder: Path, steps: int, echo: Echo) -> Measured:
         began = time.perf_counter()
         state, batch, waiting, metrics = _run(step, state, frozen, batch, feed, steps)
         seconds = (time.perf_counter() - began) / steps
+    served.close()
     text = step.as_text()
     (folder / "step.hlo.txt").write_text(text)
     student = next(iter(config.optimizers))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distill_jax.core.roles import SUPERVISED
-from distill_jax.data.sources import held_out
+from distill_jax.data.choosing import held_out
 from distill_jax.eval.calibration import WAYS, Calibration, search
 from distill_jax.jobs.context import RunContext
 from distill_jax.traces.store import SignalHeader, TopKRow, TraceStore

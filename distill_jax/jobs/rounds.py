@@ -15,7 +15,7 @@ from distill_jax.core.batch import Batch, Stream
 from distill_jax.core.roles import SUPERVISED
 from distill_jax.data.sources import BatchSource
 from distill_jax.jobs.context import write_json
-from distill_jax.train.checkpoint import complete_steps
+from distill_jax.train.checkpoint import checkpoints_of, complete_steps
 from distill_jax.train.sources import provider_of
 from distill_jax.train.step import StepConfig, with_views
 
@@ -28,7 +28,7 @@ def drop_rounds(folder: Path, keep: int) -> list[int]:
 
     Without a complete checkpoint nothing is deleted. A deletion that was interrupted is finished by the next one.
     """
-    steps = complete_steps(folder / "checkpoints")
+    steps = complete_steps(checkpoints_of(folder))
     rounds = folder / "rollouts"
     if not keep or not steps or not rounds.is_dir():
         return []

@@ -114,7 +114,7 @@ def write_or_compare(recipe: Recipe) -> None:
 
 def _begun(folder: Path) -> bool:
     """Whether a run has made anything: a checkpoint, a store, a report, more than what every start writes."""
-    every_start = {"recipe.yaml", "run.json", "time.json"}
+    every_start = {"recipe.yaml", "run.json", "time.json", "checkpoints.url"}
     files = (p for p in folder.rglob("*") if p.is_file() and p.name not in every_start)
     files = (p for p in files if p.stat().st_size and not p.name.startswith("events.out"))
     return any(p.parent.name != "model" or p.name == "done.json" for p in files)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core import spec
@@ -41,8 +43,9 @@ from distill_jax.recipe import Stage, Student
 from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.sharding.mesh import make_mesh
 from distill_jax.sharding.rules import param_shardings
+from distill_jax.train import peers
 from distill_jax.train.bilevel import fused_term, make_outer
-from distill_jax.train.checkpoint import latest_step
+from distill_jax.train.checkpoint import POINTER, checkpoints_of, latest_step
 from distill_jax.train.feed import place_global
 from distill_jax.train.flops import Flops
 from distill_jax.train.loop import STEERED, Evaluation, Outer, Run, fit
@@ -167,6 +170,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
     config, student, steering = opened.config, opened.student, opened.steering
     if jax.process_index() == 0:
         write_model_files(context.folder / "model", student, context)
+    place_checkpoints(stage, context)
     run = Run(folder=context.folder, steps=stage.steps, name=stage.name, log_every=stage.log_every,
               save_every=stage.saving.steps, keep=stage.saving.keep, identity=identity(stage))
     evaluations, outer = {}, None
@@ -181,7 +185,7 @@ def train_stage(stage: Stage, context: RunContext) -> dict[str, Any]:
         lambda batch: check_supervised(batch, student.tokenizer))
     with jax.set_mesh(config.mesh), contextlib.closing(steering) if steering else contextlib.nullcontext():
         fitted = fit(config, opened.state, opened.source, run, frozen=opened.frozen, evaluations=evaluations,
-                     check=check, serve=serve, steering=steering, outer=outer)
+                     check=check, serve=serve, steering=steering, outer=outer, damaged=opened.source.damaged)
     if fitted.stopped:
         raise Stopped(f"by {fitted.stopped} after update {fitted.step} of {stage.steps}, saved")
     cost = spent(context.folder, stage.steps) if isinstance(stage.on_policy, Reinforce) else {
@@ -241,8 +245,44 @@ def write_model_files(folder: Path, student: Provider, context: RunContext) -> N
     if student.spec.lora is not None and not (folder / "adapter.json").exists():
         base = context.resolve(student.spec.model or "")
         here = local_folder(base)
-        found = to_json(student.spec.lora, base, latest_step(here / "checkpoints") if is_run(here) else None)
+        found = to_json(student.spec.lora, base, latest_step(checkpoints_of(here)) if is_run(here) else None)
         (folder / "adapter.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def place_checkpoints(stage: Stage, context: RunContext) -> None:
+    """Write down where the stage's checkpoints go, if not into its folder, and put the model's files beside them.
+
+    Raises ValueError where what writes to gs:// is not installed, or the stage has checkpoints in another place.
+    """
+    pointer, at = context.folder / POINTER, stage.saving.at
+    if at is None:
+        return
+    if at.startswith("gs://") and (missing := [m for m in ("gcsfs", "google.cloud.storage") if not _there(m)]):
+        raise ValueError(f"saving.at={at!r} needs {' and '.join(missing)}: pip install 'distill_jax[gcs]'")
+    below = context.folder.relative_to(context.recipe.runs)
+    url = epath.Path(at if "://" in at else Path(at).expanduser().absolute()) / below.as_posix()
+    if (here := context.folder / "checkpoints").is_dir() and any(here.iterdir()):
+        raise ValueError(f"{here} has checkpoints, saving.at={at!r} would begin anew; move them to {url}/checkpoints, "
+                         "or give the run another name")
+    if jax.process_index() == 0:
+        try:
+            (url / "model").mkdir(parents=True, exist_ok=True)
+            for file in (context.folder / "model").iterdir():
+                (url / "model" / file.name).write_bytes(file.read_bytes())
+        except Exception as e:  # clients of object stores raise kinds of their own
+            reason = str(e).strip() or type(e).__name__
+            raise OSError(f"saving.at={at!r}: cannot write to {url}: {reason.splitlines()[0][:300]}") from e
+    tmp = pointer.with_suffix(f".{jax.process_index()}.tmp")  # by every process: their folders may be their own
+    tmp.write_text(f"{url}/checkpoints\n")
+    tmp.replace(pointer)
+    peers.current().barrier(f"{stage.name}: place of checkpoints")
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent of it
+        return False
 
 
 def total_flops(source: Any, config: StepConfig, steps: int, sample: int = 16) -> float:

@@ -24,6 +24,7 @@ from distill_jax.train.state import TrainState, shape_of
 
 Tree = Any
 LOOP = ("step", "controllers", "rng", "skipped")
+POINTER = "checkpoints.url"
 COMMITTED = "commit_success.txt"  # written by Orbax into a complete step, before its rename and after all its items
 
 
@@ -51,11 +52,22 @@ def writing(folder: Any) -> Iterator[None]:
         raise OSError(f"{folder}: cannot write a checkpoint: {str(e).splitlines()[0][:300]}") from e
 
 
+def checkpoints_of(folder: str | Path) -> Any:
+    """Where the checkpoints of a training stage's folder are: in it, or where its file `checkpoints.url` says."""
+    pointer = Path(folder) / POINTER
+    return epath.Path(pointer.read_text().strip()) if pointer.is_file() else epath.Path(folder) / "checkpoints"
+
+
+def _absolute(folder: str | Path) -> Any:
+    path = epath.Path(folder)
+    return path if path.as_posix().startswith("gs:/") else path.absolute()  # which takes a URL for a relative path
+
+
 class Checkpoints:
     """The checkpoints of one training stage in `folder` (a path or URL), the newest `keep` of them."""
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
-        self.folder: Any = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+        self.folder: Any = _absolute(folder)
         self._manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True))
@@ -129,7 +141,7 @@ def latest_params(folder: str | Path, provider: str = "student", *,
     if step is not None and step not in there:
         raise ValueError(f"no complete checkpoint of update {step} in {folder}; there are {there}")
     step = there[-1] if step is None else step
-    path = epath.Path(folder).absolute() / str(step) / "params" / provider
+    path = _absolute(folder) / str(step) / "params" / provider
     _must_exist(path)
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, dtype or m.dtype), _metadata(path))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -44,6 +44,12 @@ class Feed:
     def __next__(self) -> Batch:
         return place(next(self._rows), self._mesh, self._share, self._shares)
 
+    def close(self) -> None:
+        """End what reads ahead; there is no next batch then."""
+        close = getattr(self._rows, "close", None)  # generators and `data.serve.Served` have one
+        if close is not None:
+            close()
+
 
 def row_share(sharding: NamedSharding, rows: int) -> tuple[int, int]:
     """Which share of the rows this process's devices hold, and of how many: (0, 1) with a single process.

@@ -146,6 +146,8 @@ class Hub:
             self._close(member)
         elif "at" in message:
             self._arrive(member, message)
+        elif "tell" in message and (first := self.members.get(0)) is not None:
+            self._send(first, {"told": message["tell"], "value": message["value"]})
         elif "bye" in message:
             member.left = True
             if message["bye"]:

@@ -4,6 +4,7 @@ The host runs at most AHEAD steps in front of the device and never waits for the
 read when they have long been there. A run that is killed anywhere and started again ends with the same bits.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -21,8 +22,9 @@ from distill_jax.core import tree
 from distill_jax.core.batch import Batch
 from distill_jax.models.lora import BASE
 from distill_jax.train import peers
-from distill_jax.train.checkpoint import Checkpoints
+from distill_jax.train.checkpoint import Checkpoints, checkpoints_of
 from distill_jax.train.feed import BatchSource, Feed, Serve, place_global, serve_plain
+from distill_jax.train.lost_rows import Damaged, LostRows
 from distill_jax.train.metrics import Reporter
 from distill_jax.train.state import TrainState
 from distill_jax.train.step import Metrics, StepConfig, make_step
@@ -39,7 +41,7 @@ AHEAD = 2
 class Run:
     """Where and how long a stage trains.
 
-    folder        of the stage; gets checkpoints/ and metrics/
+    folder        of the stage; gets metrics/, and checkpoints/ unless it says that they are elsewhere
     steps         updates in all
     save_every    updates between checkpoints; 0: only at the end. `save_minutes`: also after so much time
     max_skipped   stop when so many steps in a row were not finite
@@ -113,7 +115,7 @@ class Fitted:
 def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
         frozen: Mapping[str, Tree] | None = None, evaluations: Mapping[str, Evaluation] | None = None,
         check: Callable[[Batch], None] | None = None, serve: Serve = serve_plain,
-        steering: Steering | None = None, outer: Outer | None = None) -> Fitted:
+        steering: Steering | None = None, outer: Outer | None = None, damaged: Damaged = list) -> Fitted:
     """Train until `run.steps` updates are done or a signal asks to stop; either way the state is saved.
 
     state        of step 0 (`create_state`); replaced by the newest checkpoint of `run.folder` where there is one
@@ -121,9 +123,10 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
     check        called with the first global batch (NumPy) of a fresh run, may raise (empty supervised mask)
     steering     changes what `source` reads; its state is `state.controllers["source"]`
     outer        moves controllers between updates
+    damaged      gives the shards that this process had to leave rows of out so far
     Raises ValueError for a checkpoint of another model or recipe, and when too many steps in a row are not finite.
     """
-    checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
+    checkpoints = Checkpoints(checkpoints_of(run.folder), keep=run.keep)
     reporter = Reporter(run.folder / "metrics", total=run.steps, name=run.name, terms=tuple(config.objective.terms),
                         writes=jax.process_index() == 0)
     watchdog = Watchdog()
@@ -137,12 +140,14 @@ def fit(config: StepConfig, state: TrainState, source: BatchSource, run: Run, *,
             reporter.say(f"resumed at update {start} of {run.steps}")
         votes = Votes(config.mesh)
         loop = _Loop(config, run, source, checkpoints, reporter, votes, dict(evaluations or {}), serve, steering,
-                     outer, watchdog)
-        with votes.listening(), watchdog.watching():
+                     outer, watchdog, LostRows(run.name, damaged))
+        with votes.listening(), watchdog.watching(), contextlib.closing(loop):
             if start < run.steps:
                 state, start = loop.updates(state, dict(frozen or {}), start)
         checkpoints.wait()
+        loop.lost.pass_on()
         peers.current().barrier(f"{run.name}: end", str(start))
+        loop.lost.say(reporter)
         if start < run.steps:
             why = votes.signal or "a signal to another process"
             reporter.say(f"{why}: saved after update {start} of {run.steps}; the same command resumes")
@@ -181,11 +186,18 @@ class _Loop:
     steering: Steering | None = None
     outer: Outer | None = None
     watchdog: Watchdog = field(default_factory=Watchdog)
+    lost: LostRows = field(default_factory=LostRows)
     bad_in_a_row: int = 0
     bases: Mapping[str, Tree] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.window = Window(device=self.config.mesh.devices.flat[0], count=self.config.mesh.size)
+        self._feed: Feed | None = None
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        if self._feed is not None:
+            self._feed.close()
 
     def updates(self, state: TrainState, frozen: Mapping[str, Tree], start: int) -> tuple[TrainState, int]:
         """-> the state at the end or where a signal stopped it, saved or being saved, and the updates done."""
@@ -242,13 +254,15 @@ class _Loop:
                     self.reporter.say(f"update {done}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
                 self.window.pause(time.perf_counter() - began)
             self.source = self.steering.source(steered)
-        return state, Feed(self.source, self.config.mesh, done, self.serve)
+        self.close()
+        self._feed = Feed(self.source, self.config.mesh, done, self.serve)
+        return state, self._feed
 
     def _next(self, feed: Feed, state: TrainState, done: int) -> Batch:
         """The next batch. Where it cannot be read, `state` is saved first: nothing trained is lost to a bad shard."""
         try:
             return next(feed)
-        except (ValueError, OSError):
+        except Exception:
             if jax.process_count() == 1:  # a save takes all processes, and the others have read theirs
                 self.checkpoints.save(done, state, {"identity": self.run.identity, "data_step": done})
                 self.checkpoints.wait()
@@ -271,11 +285,13 @@ class _Loop:
         self.watchdog.alive()
         peers.current().note(f"{self.run.name}: update {step + 1}")
         self.window.add(metrics)
+        self.lost.pass_on()
         if (step + 1) % self.run.log_every and step + 1 < self.run.steps and not last:
             return
         first = step + 1 - len(self.window)
         values, ok = self.window.close()
-        self.reporter.report(step + 1, values)
+        self.lost.say(self.reporter)
+        self.reporter.report(step + 1, values | self.lost.numbers)
         for number, fine in enumerate(ok, start=first):
             self.bad_in_a_row = 0 if fine else self.bad_in_a_row + 1
             if not fine:

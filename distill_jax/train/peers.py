@@ -33,6 +33,14 @@ class Peers(Protocol):
         """What this process is doing, for those who will miss it."""
         ...
 
+    def tell(self, key: str, value: Message) -> None:
+        """Let process 0 know of something, once; a second value of a key takes the place of the first."""
+        ...
+
+    def told(self) -> dict[str, Message]:
+        """On process 0 what all have told it; elsewhere, and of a single process, nothing."""
+        ...
+
     def barrier(self, name: str, value: str = "", seconds: float | None = None) -> None:
         """Wait for all processes, `seconds` at most (None: DISTILL_JAX_BARRIER_SECONDS; inf: for ever), and compare
         what they bring. Raises Absent."""
@@ -49,6 +57,8 @@ class Alone:
     process, processes = 0, 1
 
     def note(self, where: str) -> None: ...
+    def tell(self, key: str, value: Message) -> None: ...
+    def told(self) -> dict[str, Message]: return {}
     def barrier(self, name: str, value: str = "", seconds: float | None = None) -> None: ...
     def leave(self, code: int = 0, why: str = "") -> None: ...
 
@@ -108,12 +118,18 @@ class Connected:
         self.process, self.processes, self.lost = process, processes, ""
         self._first = heard
         self._lines, self._heartbeat, self._on_lost = lines, heartbeat, on_lost
-        self._where, self._left = "the start", False
+        self._where, self._left, self._told = "the start", False, dict[str, Message]()
         self._writing, self._passed, self._changed = threading.Lock(), set[str](), threading.Condition()
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def note(self, where: str) -> None:
         self._where = where  # goes with the next beat
+
+    def tell(self, key: str, value: Message) -> None:
+        self._say({"tell": key, "value": value})
+
+    def told(self) -> dict[str, Message]:
+        return dict(self._told)
 
     def barrier(self, name: str, value: str = "", seconds: float | None = None) -> None:
         limit = seconds_of("DISTILL_JAX_BARRIER_SECONDS", 1800) if seconds is None else seconds
@@ -161,6 +177,8 @@ class Connected:
             with self._changed:
                 self._passed.add(message["pass"])
                 self._changed.notify_all()
+        elif "told" in message:
+            self._told[message["told"]] = message["value"]
         elif "lost" in message and not self._left:
             time.sleep(message["grace"])
             self._lose(message["lost"])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from distill_jax.core.roles import SUPERVISED
+from distill_jax.data.choosing import kept_lengths
 from distill_jax.data.render import Style
 from distill_jax.data.source_specs import Prefix, Store
-from distill_jax.data.sources import kept_lengths, open_source
+from distill_jax.data.sources import open_source
 from tests.data.storing import make_store, some_traces
 from tests.data.test_sources import segments
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from distill_jax.core.roles import ANSWER, QUESTION, SUPERVISED, THINK
+from distill_jax.data.choosing import held_out
 from distill_jax.data.render import Style, render
 from distill_jax.data.rowset import FlatRows
 from distill_jax.data.source_specs import Mix, Phases, Store, stores
-from distill_jax.data.sources import held_out, open_source, serve
+from distill_jax.data.sources import open_source, serve
 from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.traces.ops.strip_thinking import StripThinking
 from distill_jax.traces.trace import FLAG_TRUNCATED, Segment, Trace, simple_trace

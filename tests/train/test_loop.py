@@ -1,5 +1,6 @@
 """`fit` and checkpoints: resume to the bit, signals, bad steps, another mesh, another model."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -229,3 +230,35 @@ def test_a_shard_that_cannot_be_read_stops_after_a_save(whole, tmp_path, capsys)
     assert "the batch of update 7 cannot be read; saved after update 7" in capsys.readouterr().out
     again = train(tmp_path, 12)  # the shard has been put back
     assert again.step == 12 and equal(again.state, whole[1].state)
+
+
+class Reading:
+    """Rows of a source, read by nobody ahead; counts how often it was closed. Raises `error` instead of batch 3."""
+
+    def __init__(self, source, start, error=None):
+        self.source, self.step, self.error, self.closed = source, start, error, 0
+
+    def __next__(self):
+        if self.step == 3 and self.error:
+            raise self.error
+        self.step += 1
+        return self.source.batch(self.step - 1)
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("error,saved", [(None, 6), (OSError("the store is gone"), 3), (MemoryError("no room"), 3),
+                                         (KeyboardInterrupt(), None)])
+def test_what_reads_ahead_is_closed_however_a_run_ends(tmp_path, error, saved):
+    begun = []
+
+    def serve(source, start, share, shares):
+        begun.append(Reading(source, start, error))
+        return begun[-1]
+
+    config, state = setup()
+    run = Run(folder=tmp_path, steps=6, log_every=1, save_every=0)
+    with pytest.raises(type(error)) if error else contextlib.nullcontext():
+        fit(config, state, Synthetic(), run, serve=serve)
+    assert [r.closed for r in begun] == [1] and latest_step(tmp_path / "checkpoints") == saved

@@ -5,10 +5,13 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from distill_jax.train import peers
+from distill_jax.train.lost_rows import LostRows
 from distill_jax.train.peers import Absent, call_roll
 from distill_jax.train.watchdog import Watchdog
 
@@ -66,6 +69,39 @@ def test_all_come_and_pass_the_same_barriers():
     for peer in ours:
         peer.leave()
     assert lost == {}
+
+
+@dataclass(frozen=True)
+class Bad:
+    place: str
+    lost: int
+
+    def __str__(self):
+        return f"{self.place} lost {self.lost}"
+
+
+def test_what_one_process_left_out_is_said_by_process_0_once(monkeypatch):
+    ours, _ = connected((1, 0), 2)
+    found = {1: [Bad("shard 3", 16)], 0: []}
+    lost = {peer.process: LostRows("train", lambda n=peer.process: found[n]) for peer in ours}
+    said, reporter = [], SimpleNamespace(say=lambda line: said.append(line))
+
+    def report():
+        for peer in ours:
+            monkeypatch.setattr(peers, "_current", peer)
+            lost[peer.process].pass_on()
+        all_at(ours, "end")
+        for peer in ours:
+            monkeypatch.setattr(peers, "_current", peer)
+            if peer.process == 0:
+                lost[0].say(reporter)
+        return lost[0].numbers
+
+    assert report() == {"bad_shards": 1, "lost_rows": 16} and said == ["shard 3 lost 16"]
+    found[0] = found[1] = [Bad("shard 3", 16), Bad("shard 7", 1)]  # both meet it
+    assert report() == report() == {"bad_shards": 2, "lost_rows": 17} and said == ["shard 3 lost 16", "shard 7 lost 1"]
+    for peer in ours:
+        peer.leave()
 
 
 def test_a_barrier_lets_nobody_through_before_the_last_has_come():

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 import distill_jax.traces.store.quantise as quantise
-from distill_jax.traces.store.ragged import column
+from distill_jax.traces.store.ragged import column, narrow
 from distill_jax.traces.store.rows import MAX_ID
 from distill_jax.traces.store.signals import (
     COUNTS,
@@ -39,8 +39,10 @@ class Codec(Protocol):
         whose values cannot be (NaN, probabilities that sum to more than 1, ...)."""
         ...
 
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> SignalRow:
-        """Inverse of `encode`, up to the precision."""
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary,
+               into: Mapping[str, np.ndarray] | None = None) -> SignalRow:
+        """Inverse of `encode`, up to the precision. Arrays of `into` may become arrays of the row: what is there is
+        written over then, and no copy is made."""
         ...
 
 
@@ -95,24 +97,28 @@ class TopKCodec:
             raise ValueError("tail must be 1 - sum(exp(logprobs)) to 1e-3")
         return ids, lp, mask, tail
 
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> TopKRow:
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary,
+               into: Mapping[str, np.ndarray] | None = None) -> TopKRow:
         kept = column(tables["tokens"], "kept", length)
         mask = kept > 0
         count = np.maximum(kept - 1, 0)
         total = int(count.sum())
-        flat_ids = vocabulary.decode(column(tables["outcomes"], "id", total))
+        place = into or {}
+        there = {name: x.reshape(-1) for name, x in place.items() if x.shape == (length, self.k) and x.size == total
+                 and x.flags.c_contiguous}  # nothing is absent: flat is whole
+        flat_ids = vocabulary.decode(narrow(tables["outcomes"], "id", total), there.get("ids"))
         delta = column(tables["outcomes"], "code", total, self._code.newbyteorder("="))
         codes = quantise.running_sum(delta)
-        lp = quantise.decode(codes, self.precision)
+        lp = quantise.decode(codes, self.precision, there.get("logprobs"))
         tails = column(tables["tokens"], "tail", length, np.uint32)
         if self._graded:
             tail = np.where(mask, quantise.decode_tail(tails), np.float32(1))
             lp = self._scaled(lp, codes, count, tail)
         else:
             tail = np.where(mask, tails.view(np.float32), np.float32(1))
-        places = _places(count, self.k)
-        return TopKRow(ids=_spread(flat_ids, places, np.int32(-1)),
-                       logprobs=_spread(lp, places, np.float32(-np.inf)), mask=mask, tail=tail)
+        rows = {"ids": _spread(flat_ids, count, self.k, np.int32(-1)),
+                "logprobs": _spread(lp, count, self.k, np.float32(-np.inf))}
+        return TopKRow(**{n: place[n] if n in there else x for n, x in rows.items()}, mask=mask, tail=tail)
 
     def _scaled(self, lp: np.ndarray, codes: np.ndarray, count: np.ndarray, tail: np.ndarray) -> np.ndarray:
         """Log-probs moved by one number a token so that the kept mass is 1 - tail."""
@@ -124,23 +130,18 @@ class TopKCodec:
         left = np.maximum(1 - tail[some], np.float32(1e-30))
         move = np.log(left / mass)
         if len(lp) == len(some) * self.k:
-            lp = lp.reshape(-1, self.k) + move[:, None]
+            lp.reshape(-1, self.k)[...] += move[:, None]
         else:
-            lp = lp + np.repeat(move, count[some])
-        return np.minimum(lp, np.float32(0), out=lp).reshape(-1)
+            lp += np.repeat(move, count[some])
+        return np.minimum(lp, np.float32(0), out=lp)
 
 
-def _places(count: np.ndarray, width: int) -> np.ndarray:
-    """bool [T,width]: where ragged entries, `count` of them a row, stand."""
-    return np.arange(width) < count[:, None]
-
-
-def _spread(flat: np.ndarray, places: np.ndarray, empty: Any) -> np.ndarray:
-    """Ragged entries into their places of an array that is `empty` elsewhere."""
-    if len(flat) == places.size:
-        return flat.reshape(places.shape)
-    out = np.full(places.shape, empty)
-    out[places] = flat
+def _spread(flat: np.ndarray, count: np.ndarray, width: int, empty: Any) -> np.ndarray:
+    """Ragged entries, `count` [T] of them a row, as an array [T,width] that is `empty` behind them."""
+    if len(flat) == len(count) * width:
+        return flat.reshape(-1, width)
+    out = np.full((len(count), width), empty)
+    out[np.arange(width) < count[:, None]] = flat
     return out
 
 
@@ -164,7 +165,8 @@ class TokenCodec:
         codes = quantise.encode(lp, self.precision)
         return {"tokens": {"mask": mask.astype(np.uint8), "code": codes}}
 
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> TokenRow:
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary,
+               into: Mapping[str, np.ndarray] | None = None) -> TokenRow:
         planes = tables["tokens"]
         codes = column(planes, "code", length, self._code.newbyteorder("="))
         return TokenRow(logprobs=quantise.decode(codes, self.precision), mask=column(planes, "mask", length) > 0)
@@ -205,18 +207,18 @@ class SampledCodec:
                              f"{COUNTS!r} for weights with importance")
         return counts.astype(np.uint16)
 
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> SampledRow:
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary,
+               into: Mapping[str, np.ndarray] | None = None) -> SampledRow:
         kept = column(tables["tokens"], "kept", length)
         count = np.maximum(kept - 1, 0)
         total = int(count.sum())
-        ids = vocabulary.decode(column(tables["outcomes"], "id", total))
+        ids = vocabulary.decode(narrow(tables["outcomes"], "id", total))
         codes = column(tables["outcomes"], "code", total, np.dtype(f"u{self._width}"))
         weights = codes.astype(np.float32) if self.precision == COUNTS else np.exp(
             quantise.decode(codes, self.precision))
-        places = _places(count, self.n)
-        weights = _spread(weights, places, np.float32(0))
+        weights = _spread(weights, count, self.n, np.float32(0))
         weights /= np.maximum(weights.sum(axis=1, keepdims=True), np.float32(1e-30))
-        return SampledRow(ids=_spread(ids, places, np.int32(-1)), weights=weights, mask=kept > 0)
+        return SampledRow(ids=_spread(ids, count, self.n, np.int32(-1)), weights=weights, mask=kept > 0)
 
 
 class HiddenCodec:
@@ -251,7 +253,8 @@ class HiddenCodec:
         scales[mask] = scale
         return {"tokens": {**tokens, "scale": scales.view(np.uint32)}, "states": {"state": codes.reshape(-1)}}
 
-    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary) -> HiddenRow:
+    def decode(self, tables: Mapping[str, Planes], length: int, vocabulary: Vocabulary,
+               into: Mapping[str, np.ndarray] | None = None) -> HiddenRow:
         mask = column(tables["tokens"], "mask", length) > 0
         count = int(mask.sum()) * self.width
         if self.int8:

@@ -79,13 +79,15 @@ def _middles(precision: str) -> np.ndarray:
     return (0.5 * (points[1:] + points[:-1])).astype(np.float32)
 
 
-def decode(codes: np.ndarray, precision: str) -> np.ndarray:
-    """Codes to float32 log-probs."""
-    if precision == "f32":
-        return codes.view("<f4").astype(np.float32)
-    if precision == "f16":
-        return codes.view("<f2").astype(np.float32)
-    return _looked_up(precision, 0, codes)
+def decode(codes: np.ndarray, precision: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Codes to new float32 log-probs, in `out` (contiguous) where it is given."""
+    if precision in ("f32", "f16"):
+        values = codes.view("<f4" if precision == "f32" else "<f2")
+        if out is None:
+            return values.astype(np.float32)
+        out[...] = values
+        return out
+    return _looked_up(precision, 0, codes, out)
 
 
 def probabilities(codes: np.ndarray, precision: str) -> np.ndarray:
@@ -100,33 +102,44 @@ def _pair_table(precision: str, which: int) -> np.ndarray:
     return _tables(precision)[which][both].view(np.uint64)
 
 
-def _looked_up(precision: str, which: int, codes: np.ndarray) -> np.ndarray:
+def _looked_up(precision: str, which: int, codes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """`_tables(precision)[which][codes]`; codes of one byte two at a time, which takes half as long."""
     if codes.itemsize > 1 or codes.size % 2 or not codes.flags.c_contiguous:
-        return np.take(_tables(precision)[which], codes)
-    pairs = np.take(_pair_table(precision, which), codes.reshape(-1).view(np.uint16))
-    return pairs.view(np.float32).reshape(codes.shape)
+        return np.take(_tables(precision)[which], codes, out=out, mode="clip")  # a table has an entry for every code
+    into = np.empty(codes.shape, np.float32) if out is None else out
+    np.take(_pair_table(precision, which), codes.reshape(-1).view(np.uint16), mode="clip",
+            out=into.reshape(-1).view(np.uint64))
+    return into
 
 
-_LOW, _HIGH = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x8080808080808080)
-_EACH = np.uint64(0x0101010101010101)
-
-
-def _add_bytes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Sums modulo 256 of the eight bytes of each uint64: no carry from one byte into the next."""
-    return ((a & _LOW) + (b & _LOW)) ^ ((a ^ b) & _HIGH)
+_EVEN, _EACH = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0001000100010001)
 
 
 def running_sum(delta: np.ndarray) -> np.ndarray:
-    """`np.cumsum(delta, dtype=delta.dtype)` of unsigned [n]; of bytes eight at a time, which takes half as long."""
+    """`np.cumsum(delta, dtype=delta.dtype)` of unsigned [n]; of bytes eight at a time, which takes a third as long.
+
+    The even and the odd bytes of a word are four sums of 16 bits each, which no carry leaves: a product with 1 in each
+    lane adds to a lane all lanes below it.
+    """
     if delta.dtype != np.uint8 or len(delta) < 64:
         return np.cumsum(delta, dtype=delta.dtype)
     words = np.zeros(-(-len(delta) // 8), "<u8")
     words.view(np.uint8)[:len(delta)] = delta
-    for shift in (8, 16, 32):  # sums within a word
-        words = _add_bytes(words, words << np.uint64(shift))
-    before = np.cumsum(words >> np.uint64(56), dtype=np.uint8)
-    words[1:] = _add_bytes(words[1:], before[:-1] * _EACH)
+    odd = words >> np.uint64(8)
+    odd &= _EVEN
+    odd *= _EACH
+    words &= _EVEN
+    words *= _EACH
+    whole = words + odd
+    whole >>= np.uint64(48)  # sum of a word's bytes, modulo 256 below
+    words[1:] += np.cumsum(whole, dtype=np.uint8)[:-1] * _EACH
+    upto_odd = words + odd
+    upto_odd &= _EVEN
+    upto_odd <<= np.uint64(8)
+    odd <<= np.uint64(16)
+    words += odd
+    words &= _EVEN
+    words |= upto_odd
     return words.astype("<u8", copy=False).view(np.uint8)[:len(delta)]
 
 

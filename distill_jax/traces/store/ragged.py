@@ -200,13 +200,20 @@ class RaggedArray:
 
 def column(planes: Mapping[str, np.ndarray], name: str, n: int, dtype: Any = np.int32) -> np.ndarray:
     """A column of `n` values from its byte planes; absent planes are zero."""
-    out: np.ndarray | None = None
-    for i in range(4):
-        plane = planes.get(f"{name}.{i}")
-        if plane is None:
-            continue
-        wide = plane.astype(dtype)
-        if i:
-            wide = np.left_shift(wide, np.asarray(8 * i, dtype), out=wide)
-        out = wide if out is None else np.bitwise_or(out, wide, out=out)
-    return np.zeros(n, dtype) if out is None else out
+    return narrow(planes, name, n).astype(dtype)  # a copy: a plane would keep all that was read with it
+
+
+def narrow(planes: Mapping[str, np.ndarray], name: str, n: int) -> np.ndarray:
+    """As `column`, in the smallest unsigned type that holds the planes there are. Of one byte, it may be the plane."""
+    there = [i for i in range(4) if f"{name}.{i}" in planes]
+    if not there:
+        return np.zeros(n, np.uint8)
+    high = there.pop()
+    out = planes[f"{name}.{high}"]
+    if high:
+        out = out.astype(np.uint16 if high == 1 else np.uint32)
+        out <<= 8 * high
+    for i in there:
+        low = planes[f"{name}.{i}"]
+        out |= low if not i else np.left_shift(low, 8 * i, dtype=out.dtype)
+    return out

@@ -15,8 +15,13 @@ from distill_jax.traces.store.shards import Commit, Shards
 
 WINDOW = 32
 """Rows a batch of reads. Two batches are in flight within a call: bounded memory, and latency is hidden."""
-HANDLES = 512
-"""Open shards kept; a handle is a few kilobytes and holds no data."""
+HANDLES = 4096
+"""Open shards kept; a handle is five kilobytes and holds no data. Reads of a shuffled store go to another shard each:
+of more shards than this, most have to be opened again."""
+
+
+Tables = Mapping[str, Mapping[str, np.ndarray]]
+"""{table: {plane: uint8 [n]}} of a row."""
 
 
 class Layout(Protocol):
@@ -60,13 +65,16 @@ class Reader:
             part = slice(begin, begin + WINDOW)
             yield [(self.shards.commits[s], int(i - firsts[s])) for s, i in zip(at[part], wanted[part])]
 
-    def read(self, ids: Sequence[int] | np.ndarray, tables: Sequence[str]
-             ) -> Iterator[tuple[Commit, int, Mapping[str, Mapping[str, np.ndarray]]]]:
-        """(commit, row within it, {table: {plane: uint8 [n]}}) of each row, in the order asked."""
+    def read(self, ids: Sequence[int] | np.ndarray, tables: Sequence[str]) -> Iterator[tuple[Commit, int, Tables]]:
+        """(commit, row within it, its tables) of each row, in the order asked; the first of them are being fetched
+        when this returns."""
         windows = ((window, self._start(window, tables)) for window in self._windows(ids))
-        current = next(windows, None)
+        return self._taken(next(windows, None), windows, tables)
+
+    def _taken(self, current: Any, windows: Iterator[Any], tables: Sequence[str]
+               ) -> Iterator[tuple[Commit, int, Tables]]:
         while current is not None:
-            following = next(windows, None)  # fetched while this one is decoded
+            following = next(windows, None)
             for (commit, row), futures in zip(*current):
                 yield commit, row, {t: self._finish(commit, row, *f) for t, f in zip(tables, futures)}
             current = following

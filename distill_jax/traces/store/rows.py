@@ -115,8 +115,15 @@ def encode_tokens(row: RowArrays) -> np.ndarray:
     return to_planes({name: (columns[name], width) for name, width in TOKEN_WIDTHS.items()})
 
 
-def decode_tokens(planes: Mapping[str, np.ndarray], n: int) -> RowArrays:
-    """Inverse of `encode_tokens`."""
+def decode_tokens(planes: Mapping[str, np.ndarray], n: int, places: bool = True) -> RowArrays:
+    """Inverse of `encode_tokens`. places=False leaves parts and spans empty: half of the work, not part of a batch."""
+    tokens, roles = column(planes, "token", n), column(planes, "role", n, np.uint8)
+    parts, spans = _places(planes, n) if places else (np.zeros(0, np.int16), np.zeros((0, 2), np.int32))
+    return RowArrays(tokens=tokens, roles=roles, steps=column(planes, "step", n), parts=parts, spans=spans)
+
+
+def _places(planes: Mapping[str, np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(parts [n], spans [n,2])."""
     parts = (column(planes, "part", n) - 1).astype(np.int16)
     length = column(planes, "length", n)
     gap = column(planes, "gap", n, np.uint32)
@@ -128,8 +135,7 @@ def decode_tokens(planes: Mapping[str, np.ndarray], n: int) -> RowArrays:
     spans = np.empty((n, 2), np.int32)
     spans[order, 1] = ends
     spans[:, 0] = spans[:, 1] - length
-    return RowArrays(tokens=column(planes, "token", n), roles=column(planes, "role", n, np.uint8),
-                     steps=column(planes, "step", n), parts=parts, spans=spans)
+    return parts, spans
 
 
 def _by_part(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

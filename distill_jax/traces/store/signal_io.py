@@ -1,17 +1,17 @@
 """Reading and writing the signals of a store."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from distill_jax.traces.store.codecs import Columns, make_codec
+from distill_jax.traces.store.codecs import Codec, Columns, make_codec
 from distill_jax.traces.store.heads import StoredHead, read_head
 from distill_jax.traces.store.ragged import Table, column, plane_names, to_planes
-from distill_jax.traces.store.reader import Reader, seeds_of
+from distill_jax.traces.store.reader import Reader, Tables, seeds_of
 from distill_jax.traces.store.sealed import CorruptShard
 from distill_jax.traces.store.shards import Commit, Shards
-from distill_jax.traces.store.signals import SignalHeader, SignalRow
+from distill_jax.traces.store.signals import SignalHeader, SignalRow, lay
 from distill_jax.traces.store.vocabulary import Vocabulary
 from distill_jax.traces.store.writers import Writer
 
@@ -34,6 +34,20 @@ def _load_vocabulary(reader: Reader) -> Vocabulary:
         return Vocabulary(np.zeros(0, np.int32))
     planes = reader.table(commits[0], "vocabulary")
     return Vocabulary(column(planes, "id", int(commits[0].columns["vocabulary"][0])))
+
+
+class Undecoded:
+    """The signal of one row as it was read and checked: decoded into a row, or straight into arrays of a batch."""
+
+    def __init__(self, codec: Codec, tables: Tables, length: int, vocabulary: Vocabulary) -> None:
+        self._codec, self._tables, self._length, self._vocabulary = codec, tables, length, vocabulary
+
+    def row(self) -> SignalRow:
+        return self._codec.decode(self._tables, self._length, self._vocabulary)
+
+    def lay(self, into: Mapping[str, np.ndarray]) -> None:
+        """As `signals.lay` of the row."""
+        lay(self._codec.decode(self._tables, self._length, self._vocabulary, into), into)
 
 
 class SignalReader:
@@ -59,8 +73,13 @@ class SignalReader:
 
     def read(self, ids: Sequence[int] | np.ndarray) -> list[SignalRow]:
         """The signal of many rows, in the order asked, of the row type of the header's kind (`signals.ROWS`)."""
-        return [self._codec.decode(tables, int(commit.columns["tokens"][at]), self._vocabulary)
-                for commit, at, tables in self._reader.read(ids, tuple(self._codec.widths))]
+        return [said.row() for said in self.begin(ids)]
+
+    def begin(self, ids: Sequence[int] | np.ndarray) -> Iterator[Undecoded]:
+        """The signal of many rows, in the order asked; the first of them are being fetched when this returns."""
+        found = self._reader.read(ids, tuple(self._codec.widths))
+        return (Undecoded(self._codec, tables, int(commit.columns["tokens"][at]), self._vocabulary)
+                for commit, at, tables in found)
 
     def head(self) -> StoredHead:
         """The teacher's head of a hidden signal. Raises ValueError for another kind, CorruptShard."""

@@ -165,6 +165,20 @@ def blank(header: SignalHeader, length: int) -> SignalRow:
     return kind(**values)
 
 
+def lay(row: SignalRow, into: Mapping[str, np.ndarray]) -> None:
+    """Copy a row into arrays [n, ...] of the same names, its first n tokens; one that keeps fewer outcomes leaves the
+    rest empty. Arrays that are the row's own stay."""
+    for name, out in into.items():
+        values = getattr(row, name)
+        if values is out:
+            continue
+        values = values[:len(out)]
+        if values.shape != out.shape:
+            out[:, values.shape[1]:] = row.empty[name]
+            out = out[:, :values.shape[1]]
+        out[...] = values
+
+
 def truncate_mass(row: TopKRow, mass: float) -> TopKRow:
     """Drop the least probable outcomes of each token beyond the first that reach `mass` (0.99 keeps 99% of what the
     row holds). What is dropped goes into the tail; absent outcomes cost no bytes."""

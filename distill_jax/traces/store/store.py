@@ -163,9 +163,10 @@ class TraceStore:
             text, trace = decode_document(_document(tables))
             yield Row(**vars(arrays), text=text, trace=trace)
 
-    def read(self, ids: Ids) -> list[RowArrays]:
-        """The arrays of many rows, in the order asked; reads run concurrently."""
-        return [decode_tokens(tables["tokens"], int(commit.columns["lengths"][at]))
+    def read(self, ids: Ids, places: bool = True) -> list[RowArrays]:
+        """The arrays of many rows, in the order asked; reads run concurrently. places=False: parts and spans are
+        empty."""
+        return [decode_tokens(tables["tokens"], int(commit.columns["lengths"][at]), places)
                 for commit, at, tables in self._reader.read(ids, ("tokens",))]
 
     def traces(self, ids: Ids | None = None) -> Iterator[Trace]:

@@ -39,11 +39,15 @@ class Vocabulary:
         rank = np.where(ids < len(self._rank), self._rank[known], np.int32(-1))
         return np.where(rank >= 0, rank, ids + np.int32(len(self.ids)))
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Inverse of `encode`."""
+    def decode(self, codes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Inverse of `encode`: codes [n] of any integer type to ids int32 [n], in `out` where it is given."""
         n = len(self.ids)
-        if not n:
-            return codes
-        if int(codes.max(initial=0)) < n:
-            return np.take(self.ids, codes)
-        return np.where(codes < n, self.ids[np.minimum(codes, n - 1)], codes - np.int32(n))
+        if n and int(codes.max(initial=0)) < n:
+            return np.take(self.ids, codes, out=out, mode="clip")  # the range has been looked at
+        ids = codes.astype(np.int32)
+        if n:
+            ids = np.where(codes < n, self.ids[np.minimum(ids, n - 1)], ids - np.int32(n))
+        if out is None:
+            return ids
+        out[...] = ids
+        return out
