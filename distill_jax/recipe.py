@@ -39,8 +39,8 @@ class Student:
     precision   dtype of the computation; parameters of trained models are float32 masters
     remat       what the backward pass keeps, the rest is recomputed: a name in `models.remat.REMAT`
     attention   "auto" or the name of one implementation (`models.attention`)
-    matmul      how layers multiply with their kernels: "full" in `precision`; "int8", "fp8": the forward pass in 8 bits;
-                "int8_dx", "fp8_dx": the states' gradient too (`models.quantized`)
+    matmul      how layers multiply with their kernels: "full" in `precision`; "int8" or "fp8" in the forward pass;
+                "int8_dx", "fp8_dx" for the states' gradient too (`models.quantized`)
     optim       its own optimiser; None: the stage's
     lora        trained adapters on the frozen model, which keeps `precision`; None: all parameters are trained
     """

@@ -28,7 +28,7 @@ Array = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """unit: the peak of `jobs.hardware` that it runs at. operands: dtype of states and kernel. grad: dtype of what comes
+    """unit: the peak of `jobs.hardware` it runs at. operands: dtype of states and kernel. grad: dtype of what comes
     back, in the gradient of the states; None: that product is not quantised."""
 
     unit: str
@@ -51,8 +51,8 @@ def check_matmul(name: str, config: ModelConfig) -> None:
     if name not in MATMULS:
         raise ValueError(f"matmul {name!r} is unknown; known: {', '.join(MATMULS)}")
     if MATMULS[name] and config.moe:
-        raise ValueError(f"matmul={name!r} is for dense models, this one has {config.moe.experts} experts a layer: their "
-                         "products are not quantised; use matmul='full'")
+        raise ValueError(f"matmul={name!r} is for dense models, this one has {config.moe.experts} experts a layer; "
+                         "use matmul='full'")
     if MATMULS[name] and importlib.util.find_spec("qwix") is None:
         raise ValueError(f"matmul={name!r} needs qwix: pip install 'distill_jax[quantized]', or use matmul='full'")
 
