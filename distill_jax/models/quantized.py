@@ -11,6 +11,7 @@ all devices would have to agree on (as in AQT's default). Parameters and their g
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,11 +86,23 @@ _quantized.defvjp(_forward, _backward)
 
 def _dot(a: Array, b: Array, a_type: Any, b_type: Any, contract: int) -> Array:
     """a [..., n] with b's dimension `contract` of n -> [..., m] in a's dtype."""
-    import qwix  # pyright: ignore[reportMissingImports]
+    from qwix import dot_general  # pyright: ignore[reportMissingImports]
 
     last = a.ndim - 1
     with jax.numpy_dtype_promotion("standard"):  # qwix multiplies int32 by float32
-        y = qwix.dot_general(qwix.quantize(a.astype(wide(a.dtype)), a_type, channelwise_axes=range(last)),
-                             qwix.quantize(b.astype(wide(b.dtype)), b_type, channelwise_axes=(1 - contract,)),
-                             (((last,), (contract,)), ((), ())))
+        y = dot_general(_rounded(a, a_type, range(last)), _rounded(b, b_type, (1 - contract,)),
+                        (((last,), (contract,)), ((), ())))
     return y.astype(a.dtype)
+
+
+def _rounded(x: Array, dtype: Any, axes: Sequence[int]) -> Any:
+    """x in the format, with a scale for each index of `axes`."""
+    from qwix import quantize  # pyright: ignore[reportMissingImports]
+
+    return quantize(x.astype(wide(x.dtype)), dtype, channelwise_axes=axes, calibration_method=calibration(dtype))
+
+
+def calibration(dtype: Any) -> str:
+    """qwix's absmax; of int8 with 127 for the largest number. It has 127.5: the largest of x then lies half way between
+    two numbers, and the last bit of the scale, which differs between programs, decides how it is rounded."""
+    return f"absmax,{127.5 / 127}" if dtype == jnp.int8 else "absmax"
