@@ -56,19 +56,17 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics/train.jsonl").read_text().splitlines()]
 
 
-def test_killed_after_two_updates_ends_with_the_same_bits(world, ran, tmp_path):
+def test_killed_after_two_updates_ends_with_the_same_bits(ran):
     """The recipe on disk says how it multiplied: started again from there alone."""
-    folder = tmp_path / "runs" / "r"
-    shutil.copytree(ran.folder, folder)
+    folder = ran.folder
+    want, said = latest_params(folder / "checkpoints", "student"), losses(folder)
     shutil.rmtree(folder / "checkpoints" / "4")
     (folder / "done.json").unlink()
-    again = load_recipe(str(ran.folder / "recipe.yaml"), [f"runs={tmp_path / 'runs'}"])
+    again = load_recipe(str(folder / "recipe.yaml"))
     assert next(iter(again.stages[0].providers.values())).matmul == "int8_dx"
-    (folder / "recipe.yaml").write_text(again.to_yaml())
     assert run_recipe(again, lambda line: None)
-    ends = [latest_params(f / "checkpoints", "student") for f in (ran.folder, folder)]
-    jax.tree.map(np.testing.assert_array_equal, *ends)
-    assert losses(folder) == losses(ran.folder)
+    jax.tree.map(np.testing.assert_array_equal, latest_params(folder / "checkpoints", "student"), want)
+    assert losses(folder) == said and len(said) == 4
 
 
 def test_it_is_another_run_than_in_bfloat16(world, ran, tmp_path):
