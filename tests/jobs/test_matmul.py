@@ -41,7 +41,7 @@ def recipe(world, runs, **student) -> Recipe:
     where = student if "config" in student else {"model": str(world / "student"), **student}
     return Recipe(name="r", runs=str(runs), mesh=MeshShape(data=1, fsdp=8), stages=(Stage(
         source=Store(path=str(world / "store"), rows=8, seq_len=96), terms={"ce": Term(cross_entropy)}, steps=4,
-        providers={"student": Student(**where)}, optim=AdamW(peak_lr=0.02, warmup=1), log_every=1,
+        providers={"student": Student(**where)}, optim=AdamW(peak_lr=0.02, warmup=1.0), log_every=1,
         saving=Saving(steps=2, keep=4)),))
 
 
