@@ -145,18 +145,22 @@ def table(value: Mapping[str, Any]) -> str:
 
 
 def plot(results: list[dict[str, Any]]) -> Figure:
-    """Left: loss of each mode; right: its difference to "full". Running means of TAIL updates, mean over seeds."""
+    """Left: loss of each mode, mean over the seeds that all have; right: its difference to "full", mean over the seeds
+    that both have. Running means of TAIL updates."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     smooth = lambda y: np.convolve(y, np.ones(min(TAIL, len(y))) / min(TAIL, len(y)), "valid")
-    curves = {name: smooth(np.mean([x["loss"] for x in results if x["name"] == name], axis=0))
-              for name in dict.fromkeys(x["name"] for x in results)}
-    for name, y in curves.items():
-        at = np.arange(len(y)) + TAIL
+    curves: dict[str, dict[int, np.ndarray]] = {}
+    for x in results:
+        curves.setdefault(x["name"], {})[x["seed"]] = smooth(x["loss"])
+    shared = set.intersection(*(set(seeds) for seeds in curves.values()))
+    full = curves.get("full", {})
+    for name, of in curves.items():
         style = {"color": COLORS[name], "label": name, "linewidth": 2.2 if name == "full" else 1.3}
-        left.plot(at, y, **style)
-        if "full" in curves:
-            right.plot(at, y - curves["full"], **style)
+        gaps = [of[s] - full[s] for s in of if s in full]
+        for panel, lines in ((left, [of[s] for s in of if s in shared]), (right, gaps)):
+            if lines:
+                panel.plot(np.arange(len(lines[0])) + TAIL, np.mean(lines, axis=0), **style)
     left.set_ylabel(f"training loss, nats (mean of {TAIL} updates)")
     right.set_ylabel("difference to bfloat16 (full)")
     right.axhline(0, color="#9aa0a6", linewidth=0.8, zorder=0)
