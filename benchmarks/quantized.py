@@ -39,7 +39,7 @@ from distill_jax.recipe import Call, Recipe, Saving, Stage, Student
 from distill_jax.train.optim import AdamW
 
 MODES = ("full", "int8", "int8_dx", "fp8", "fp8_dx", "float32")
-COLORS = dict(zip(MODES, ("#1d3557", "#00798c", "#66a182", "#edae49", "#d1495b", "#9aa0a6")))
+COLORS: Mapping[str, str] = dict(zip(MODES, ("#1d3557", "#00798c", "#66a182", "#edae49", "#d1495b", "#9aa0a6")))
 LESSONS, TRACES = (70, 50, 40, 60), 80
 """Updates with each lesson, and with the traces: 300 in all."""
 BIG = dataclasses.replace(
@@ -106,7 +106,8 @@ def heldout(folder: Path, run: Path, batches: int, **how: Any) -> float:
     @jax.jit
     def one(params: Any, batch: Batch) -> tuple[Any, Any]:
         m = batch.main
-        log = jax.nn.log_softmax(model.apply({"params": params}, m.tokens, m.positions, m.segment_ids))[:, :-1]
+        logits: Any = model.apply({"params": params}, m.tokens, m.positions, m.segment_ids)
+        log = jax.nn.log_softmax(logits)[:, :-1]
         on = jnp.isin(m.roles, jnp.asarray(SUPERVISED, m.roles.dtype)) & (m.weights > 0)
         nll = -jnp.take_along_axis(log, m.tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(on[:, 1:], nll, 0.0)), jnp.sum(on[:, 1:])
@@ -129,8 +130,8 @@ def table(value: Mapping[str, Any]) -> str:
     lines += [f"{value['machine']}; {value['date']}. {value['parameters'] / 1e6:.1f}M parameters; updates: "
               f"{sum(value['lessons'])} of lessons, {value['traces']} of traces. Training loss: of the last {TAIL}. "
               "Held out: as in training, and computing in bfloat16.", "",
-              "| matmul | seeds | training loss | to full | held out | to full | in bfloat16 | to full | s/update |",
-              "|---|---|---|---|---|---|---|---|---|"]
+              "| matmul | seeds | training loss | to full | held out | to full | in bfloat16 | to full |",
+              "|---|---|---|---|---|---|---|---|"]
     results = {(x["name"], x["seed"]): x for x in value["results"]}
     for name in dict.fromkeys(n for n, _ in results):
         seeds = [s for n, s in results if n == name]
@@ -139,7 +140,6 @@ def table(value: Mapping[str, Any]) -> str:
             mine = {s: key(results[name, s]) for s in seeds}
             gaps = [mine[s] - key(results["full", s]) for s in seeds if ("full", s) in results]
             cells += [f"{np.mean([*mine.values()]):.4f}", f"{np.mean(gaps):+.4f}" if gaps else ""]
-        cells.append(f"{np.mean([results[name, s]['seconds_per_step'] for s in seeds]):.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -64,7 +64,8 @@ def matmul(x: Array, kernel: Array, name: str = "full") -> Array:
     if how is None:
         return product(x, kernel)
     flat = x if "context" in auto_axes() else x.reshape(-1, x.shape[-1])  # as `product` has it
-    return _quantized(flat, kernel, how).reshape(*x.shape[:-1], kernel.shape[-1])
+    y: Array = _quantized(flat, kernel, how)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
