@@ -59,7 +59,7 @@ def measure(recipe: Recipe, stage: Stage, size: str, steps: int) -> dict[str, An
     config, mesh = SHAPES[size], make_mesh(devices=None, **recipe.mesh.sizes)
     [provider] = stage.models.values()
     model = Transformer(config, dtype=jnp.dtype(provider.precision), remat=provider.remat,
-                        attention=provider.attention)
+                        attention=provider.attention, matmul=provider.matmul)
     built = step_config(stage, {"student": model}, mesh)
     params = {"student": init_params(model, jax.random.key(0), mesh=mesh)}
     state = create_state(params, built.optimizers, mesh=mesh, controllers=built.objective.init())

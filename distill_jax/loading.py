@@ -44,7 +44,7 @@ def load(source: str | Path, *, mesh: Mesh | None = None, rules: Rules = DEFAULT
     compute   dtype of the computation (default: the parameters', float32 where they keep the stored one)
     provider  which trained model of a run; default: `student`, or the only one there is
     step      update whose checkpoint of a run; default: the newest
-    model_kwargs: remat, attention of `Transformer`.
+    model_kwargs: remat, attention, matmul of `Transformer`.
     Ids that the tokenizer beside the model does not have get no probability (`ModelConfig.real_vocab`).
     Raises ValueError saying what was found where no model could be read.
     """

@@ -39,6 +39,8 @@ class Student:
     precision   dtype of the computation; parameters of trained models are float32 masters
     remat       what the backward pass keeps, the rest is recomputed: a name in `models.remat.REMAT`
     attention   "auto" or the name of one implementation (`models.attention`)
+    matmul      how layers multiply with their kernels: "full" in `precision`; "int8" or "fp8" in the forward pass;
+                "int8_dx", "fp8_dx" for the states' gradient too (`models.quantized`)
     optim       its own optimiser; None: the stage's
     lora        trained adapters on the frozen model, which keeps `precision`; None: all parameters are trained
     """
@@ -50,6 +52,7 @@ class Student:
     precision: Precision = "float32"
     remat: Literal["none", "dots", "qkv_attention", "full"] = "none"
     attention: str = "auto"
+    matmul: Literal["full", "int8", "fp8", "int8_dx", "fp8_dx"] = "full"
     init_seed: int = 0
     optim: Optimizer | None = None
     lora: Lora | None = None

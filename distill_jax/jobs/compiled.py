@@ -103,7 +103,8 @@ def compile_step(recipe: Recipe, stage: Stage, target: Target, configs: Mapping[
     from distill_jax.jobs.train import step_config
 
     mesh = make_mesh(devices=abstract_devices(target), **recipe.mesh.sizes)
-    models = {n: Transformer(configs[n], dtype=jnp.dtype(p.precision), remat=p.remat, attention=p.attention)
+    models = {n: Transformer(configs[n], dtype=jnp.dtype(p.precision), remat=p.remat, attention=p.attention,
+                             matmul=p.matmul)
               for n, p in stage.models.items()}
     config = step_config(stage, models, mesh)
     state, frozen = abstract_state(config), abstract_frozen(config, stage)

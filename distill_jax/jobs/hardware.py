@@ -1,4 +1,4 @@
-"""Devices by name: peak bf16 FLOP/s, memory and links. Published figures of dense matmuls, per device."""
+"""Devices by name: peak FLOP/s, memory and links. Published figures of dense matmuls, per device."""
 
 import math
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ class Device:
     host       devices of a host that `link` joins; None: `link` joins the whole slice
     platform   what compiles for it
     axes       dimensions of a slice's torus
+    int8, fp8  peak op/s of products of 8 bits (fp8 summed in float32); 0: no faster than bf16
     """
 
     flops: float
@@ -28,24 +29,26 @@ class Device:
     host: int | None = 8
     platform: str = "cuda"
     axes: int = 0
+    int8: float = 0.0
+    fp8: float = 0.0
 
 
-def _tpu(flops: float, gib: float, axes: int, link: float, mfu: float) -> Device:
+def _tpu(flops: float, gib: float, axes: int, link: float, mfu: float, int8: float = 0.0) -> Device:
     return Device(flops=flops, memory=gib * GIB, mfu=mfu, link=2 * axes * link, network=6e9, host=None, platform="tpu",
-                  axes=axes)
+                  axes=axes, int8=int8)
 
 
 DEVICES: dict[str, Device] = {
-    "h200": Device(flops=989e12, memory=141e9, mfu=0.45, link=450e9, network=50e9),
-    "h100": Device(flops=989e12, memory=80e9, mfu=0.45, link=450e9, network=50e9),
-    "a100-80g": Device(flops=312e12, memory=80e9, mfu=0.45, link=300e9, network=25e9),
-    "a100-40g": Device(flops=312e12, memory=40e9, mfu=0.45, link=300e9, network=12.5e9),
-    "l40s": Device(flops=362e12, memory=48e9),
-    "rtx4090": Device(flops=165e12, memory=24e9),
+    "h200": Device(flops=989e12, memory=141e9, mfu=0.45, link=450e9, network=50e9, int8=1979e12, fp8=1979e12),
+    "h100": Device(flops=989e12, memory=80e9, mfu=0.45, link=450e9, network=50e9, int8=1979e12, fp8=1979e12),
+    "a100-80g": Device(flops=312e12, memory=80e9, mfu=0.45, link=300e9, network=25e9, int8=624e12),
+    "a100-40g": Device(flops=312e12, memory=40e9, mfu=0.45, link=300e9, network=12.5e9, int8=624e12),
+    "l40s": Device(flops=362e12, memory=48e9, int8=733e12, fp8=733e12),
+    "rtx4090": Device(flops=165e12, memory=24e9, int8=661e12, fp8=330e12),
     "v4": _tpu(275e12, 32, 3, 45e9, 0.5),
-    "v5e": _tpu(197e12, 16, 2, 45e9, 0.5),
-    "v5p": _tpu(459e12, 95, 3, 90e9, 0.5),
-    "v6e": _tpu(918e12, 32, 2, 90e9, 0.4),
+    "v5e": _tpu(197e12, 16, 2, 45e9, 0.5, 394e12),
+    "v5p": _tpu(459e12, 95, 3, 90e9, 0.5, 918e12),
+    "v6e": _tpu(918e12, 32, 2, 90e9, 0.4, 1836e12),
     "cpu": Device(flops=0.1e12, memory=16 * GIB, mfu=0.4, link=10e9, platform="cpu"),
 }
 """Memory of data centre GPUs in GB as sold; ICI links one way: v5p and v6e 90 GB/s, v4 and v5e 45 GB/s each."""

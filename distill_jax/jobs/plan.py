@@ -22,7 +22,7 @@ from distill_jax.data.views import Derived
 from distill_jax.jobs import memory as bytes_of
 from distill_jax.jobs.hardware import Device
 from distill_jax.jobs.projectors import open_projector
-from distill_jax.jobs.traffic import step_seconds
+from distill_jax.jobs.traffic import in_eight_bits, speed_of, step_seconds
 from distill_jax.loading import hub_config
 from distill_jax.models import families, hf
 from distill_jax.models.config import ModelConfig
@@ -112,13 +112,16 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         memory["optimiser"] += 8 * n
         memory["gradients"] += 4 * n
     student = next(configs[n] for n, p in stage.models.items() if p.trainable)
-    compute, waiting = step_seconds(stage, configs, runs, sizes, device, flops + again)
+    eight = {n: in_eight_bits(p, configs[n], rows * sum(runs[n])) for n, p in stage.models.items()}
+    spared = sum(eight[n] * (1 - 1 / speed_of(p, device)) for n, p in stage.models.items())
+    compute, waiting = step_seconds(stage, configs, runs, sizes, device, flops + again - spared)
     return StagePlan(
         name=stage.name, tokens_per_step=rows * length, steps=stage.steps, memory=memory, flops=flops,
         params={n: c.num_params for n, c in configs.items()} | projectors, devices=devices,
         seconds=stage.steps * (compute + waiting), waiting=waiting / (compute + waiting),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
-        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes))
+        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes)
+        + _eight_bits(stage, device, {n: f / (flops + again) for n, f in eight.items()}))
 
 
 def _divides(stage: Stage, sizes: Mapping[str, int]) -> None:
@@ -197,6 +200,13 @@ def _unsharded(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> 
                  f"every device holds all parameters; use "
                  f"mesh.fsdp={math.gcd(sizes['fsdp'], c.hidden_size)} and more mesh.data"
                  for n, c in configs.items() if c.hidden_size % sizes["fsdp"])
+
+
+def _eight_bits(stage: Stage, device: Device, shares: Mapping[str, float]) -> tuple[str, ...]:
+    speeds = {n: speed_of(p, device) for n, p in stage.models.items() if p.matmul != "full"}
+    return tuple(f"{n}: matmul={stage.models[n].matmul}, {shares[n]:.0%} of the FLOPs, "
+                 + (f"reckoned at {speed:.3g} times the bf16 peak" if speed > 1 else
+                    "no faster on this device than bf16") for n, speed in speeds.items())
 
 
 def plan_recipe(recipe: Recipe, device: Device, devices: int) -> list[StagePlan]:

@@ -35,6 +35,7 @@ from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import families, hf
 from distill_jax.models.lora import BASE, Base, to_json
 from distill_jax.models.parallel import check_mesh
+from distill_jax.models.quantized import check_matmul
 from distill_jax.models.transformer import Transformer
 from distill_jax.objective.chunks import kernel_spec
 from distill_jax.objective.reduce import means
@@ -79,7 +80,9 @@ def open_provider(student: Student, context: RunContext, mesh: Mesh) -> Provider
     if tokenizer.real > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.real} ids, the model's head only {config.vocab_size}: "
                          f"give the tokenizer that belongs to {where or 'the configuration'}")
-    model = Transformer(config, dtype=dtype, remat=student.remat, attention=student.attention)
+    model = Transformer(config, dtype=dtype, remat=student.remat, attention=student.attention,
+                        matmul=student.matmul)
+    check_matmul(student.matmul, config)
     return Provider(model=model, params=params, tokenizer=tokenizer, spec=student)
 
 

@@ -20,7 +20,8 @@ from distill_jax.models.config import ModelConfig
 from distill_jax.models.moe import MoEMLP, Routing
 from distill_jax.models.parallel import spread
 from distill_jax.models.product import gated, product
-from distill_jax.models.remat import QKV, REMAT
+from distill_jax.models.quantized import matmul
+from distill_jax.models.remat import PRODUCT, QKV, REMAT
 from distill_jax.models.rope import rotate
 from distill_jax.models.scores import Layout, Score, wide
 from distill_jax.sharding import constrain
@@ -79,20 +80,22 @@ class RMSNorm(nn.Module):
 
 
 class Dense(nn.Module):
-    """x [..., in] -> [..., features]: one product (`product`)."""
+    """x [..., in] -> [..., features]: one product. matmul: how, a name in `quantized.MATMULS`; adapters never are."""
 
     features: int
     bias: bool
     init_std: float
+    matmul: str = "full"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = wide(x.dtype)
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
-        y = product(x, kernel.astype(x.dtype))
+        y = matmul(x, kernel.astype(x.dtype), self.matmul)
         if self.has_variable("params", lora.A):
             a, b = (self.get_variable("params", name).astype(x.dtype) for name in (lora.A, lora.B))
             y = y + product(product(x, a), b)
+        y = checkpoint_name(y, PRODUCT)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype).astype(x.dtype)
             y = y + bias.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -102,13 +105,15 @@ class Dense(nn.Module):
 class Attention(nn.Module):
     config: ModelConfig
     implementation: str
+    matmul: str
 
     def setup(self) -> None:
         c, a = self.config, self.config.attention
-        self.q = Dense(c.num_heads * c.head_dim, a.qkv_bias, c.init_std)
-        self.k = Dense(c.num_kv_heads * c.head_dim, a.qkv_bias, c.init_std)
-        self.v = Dense(c.num_kv_heads * c.head_dim, a.qkv_bias, c.init_std)
-        self.o = Dense(c.hidden_size, a.out_bias, c.init_std)
+        dense = partial(Dense, init_std=c.init_std, matmul=self.matmul)
+        self.q = dense(c.num_heads * c.head_dim, a.qkv_bias)
+        self.k = dense(c.num_kv_heads * c.head_dim, a.qkv_bias)
+        self.v = dense(c.num_kv_heads * c.head_dim, a.qkv_bias)
+        self.o = dense(c.hidden_size, a.out_bias)
         if a.qk_norm:
             self.q_norm = RMSNorm(c.norm_eps, c.norm_offset)
             self.k_norm = RMSNorm(c.norm_eps, c.norm_offset)
@@ -154,12 +159,12 @@ class MLP(nn.Module):
     """down(activation(gate(x)) * up(x))"""
 
     config: ModelConfig
+    matmul: str
 
     def setup(self) -> None:
         c = self.config
-        self.gate = Dense(c.mlp_size, c.mlp_bias, c.init_std)
-        self.up = Dense(c.mlp_size, c.mlp_bias, c.init_std)
-        self.down = Dense(c.hidden_size, c.mlp_bias, c.init_std)
+        dense = partial(Dense, bias=c.mlp_bias, init_std=c.init_std, matmul=self.matmul)
+        self.gate, self.up, self.down = dense(c.mlp_size), dense(c.mlp_size), dense(c.hidden_size)
 
     def __call__(self, x: Array) -> Array:
         inner = gated(ACTIVATIONS[self.config.activation], self.gate(x), self.up(x))
@@ -172,6 +177,7 @@ class Layer(nn.Module):
     config: ModelConfig
     remat: str
     implementation: str
+    matmul: str = "full"
 
     def setup(self) -> None:
         c = self.config
@@ -179,11 +185,11 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = norm(), norm()
         if c.post_norms:
             self.attention_post_norm, self.mlp_post_norm = norm(), norm()
-        self.attention = Attention(c, self.implementation)
+        self.attention = Attention(c, self.implementation, self.matmul)
         if c.moe:
             self.moe = MoEMLP(c, ACTIVATIONS[c.activation])
         else:
-            self.mlp = MLP(c)
+            self.mlp = MLP(c, self.matmul)
 
     def __call__(self, state: State, index: Array, slides: Array, shared: Shared) -> tuple[State, Routing | None]:
         """index i32 and slides bool: number and kind of this layer. The second output is the router's, if any."""

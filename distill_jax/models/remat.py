@@ -1,7 +1,8 @@
 """What the backward pass keeps of a layer: named policies, each with the bytes a token costs under it.
 
 `Student.remat` and `Transformer.remat` take the names; `plan` prints the table. Values are named where they are made:
-"qkv" (rotated queries and keys, values) and "attention" (its output, and a kernel's row statistics).
+"product" (with a kernel of the layer, in the compute dtype), "qkv" (rotated queries and keys, values) and "attention"
+(its output, and a kernel's row statistics).
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 
 from distill_jax.models.config import ModelConfig
 
-QKV, ATTENTION = "qkv", "attention"
+PRODUCT, QKV, ATTENTION = "product", "qkv", "attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def _attention(c: ModelConfig) -> int:
 REMAT: dict[str, Policy] = {
     "none": Policy(keeps="everything", save=None, width=_all),
     "dots": Policy(keeps="results of the matrix products", width=_dots,
-                   save=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+                   save=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
     "qkv_attention": Policy(keeps="queries, keys, values and the output of attention: it never runs twice",
                             width=_attention, save=jax.checkpoint_policies.save_only_these_names(QKV, ATTENTION)),
     "full": Policy(keeps="the layer's input", save=jax.checkpoint_policies.nothing_saveable,

@@ -27,6 +27,7 @@ from distill_jax.models.config import ModelConfig
 from distill_jax.models.layers import Layer, RMSNorm, Shared, State
 from distill_jax.models.moe import Routing
 from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
+from distill_jax.models.quantized import check_matmul
 from distill_jax.models.remat import REMAT
 from distill_jax.models.scores import Layout, segment_starts, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
@@ -94,23 +95,26 @@ class Transformer(nn.Module):
     dtype      compute dtype: parameters are cast to it where they are used; norms, softmax and logits are float32
     remat      what the backward pass recomputes, a name in `remat.REMAT`
     attention  "auto", or a name in `attention.IMPLEMENTATIONS`
+    matmul     how layers multiply with their kernels: "full" in `dtype`, or a name in `quantized.MATMULS`
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "auto"
+    matmul: str = "full"
 
     def setup(self) -> None:
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+        check_matmul(self.matmul, self.config)
         c = self.config
         self.embed = Embed(c, self.dtype)
         unroll = c.num_layers if c.num_layers <= UNROLLED[platform()] and self.remat == "none" else 1
         scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True},
                        in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                        length=c.num_layers, unroll=unroll)
-        self.layers = scan(c, self.remat, self.attention)
+        self.layers = scan(c, self.remat, self.attention, self.matmul)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
         if not c.tied:
             self.lm_head = OutputKernel(c, self.dtype)

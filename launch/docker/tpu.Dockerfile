@@ -6,7 +6,7 @@ WORKDIR /opt/distill_jax
 COPY pyproject.toml constraints-py312.txt README.md ./
 # The dependencies alone first: a change of the code does not install them again.
 RUN mkdir distill_jax && touch distill_jax/__init__.py \
- && pip install --no-cache-dir -c constraints-py312.txt -e '.[tpu,gcs]'
+ && pip install --no-cache-dir -c constraints-py312.txt -e '.[tpu,quantized,gcs]'
 COPY distill_jax distill_jax
 COPY configs configs
 COPY launch launch

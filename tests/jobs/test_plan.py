@@ -17,8 +17,10 @@ from distill_jax.data.source_specs import Store
 from distill_jax.jobs.changes import refuse
 from distill_jax.jobs.hardware import DEVICES, parse
 from distill_jax.jobs.plan import fits, plan_recipe
+from distill_jax.jobs.traffic import INNER, step_bytes
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.models.config import AttentionConfig, ModelConfig
+from distill_jax.models.quantized import MATMULS
 from distill_jax.objective.term import Term
 from distill_jax.recipe import MeshShape, Recipe, Stage, Student
 from distill_jax.recipe_file import load_recipe, override
@@ -128,3 +130,31 @@ def test_bench_knows_its_benchmarks():
     wrong = CliRunner().invoke(build_app(), ["bench", "nothing"])
     assert wrong.exit_code != 0 and "there are loss, store" in str(wrong.exception)
     assert CliRunner().invoke(build_app(), ["bench", "planner", "--", "--help"]).exit_code == 0
+
+
+def test_products_of_eight_bits():
+    """Their time by hand: the forward products (and the states' gradient) at twice the peak; memory as without."""
+    plan_of = lambda matmul, device: plan_recipe(replace(recipe(), stages=tuple(
+        replace(s, providers={"student": Student(config=CONFIG, matmul=matmul)})
+        for s in recipe().stages)), DEVICES[device], 1)[0]
+    full, int8, dx = (plan_of(m, "v5p") for m in ("full", "int8", "int8_dx"))
+    products = 2 * 128 * 2 * (LAYER - 2 * 8 - 16)  # of one pass over 128 tokens; layers without norms and biases
+    second = lambda flops: 10 * flops / (459e12 * 0.5)
+    assert int8.seconds == pytest.approx(full.seconds - second(products / 2))
+    assert dx.seconds == pytest.approx(full.seconds - second(products))
+    assert full.memory == int8.memory == dx.memory and full.flops == int8.flops
+    assert f"{products / full.flops:.0%} of the FLOPs, reckoned at 2 times the bf16 peak" in int8.notes[0]
+    none = plan_of("fp8_dx", "v5p")
+    assert none.seconds == full.seconds and "no faster on this device than bf16" in none.notes[0]
+    assert not full.notes
+
+
+def test_what_travels_in_eight_bits():
+    """fsdp 2 x tensor 2, bf16: a forward pass gathers kernels as bytes and adds up in 4 bytes; with `_dx` both do."""
+    config, [stage] = replace(CONFIG, num_layers=1), recipe().stages
+    sent = lambda matmul: step_bytes(config, trainable=True, sizes={**dict.fromkeys(INNER, 1), "fsdp": 2, "tensor": 2},
+                                     runs=[32], stage=stage, item=2, again=False, how=MATMULS[matmul])
+    full, int8, dx = map(sent, ("full", "int8", "int8_dx"))
+    layers = (config.num_params - 100 * 8) / 2
+    assert full["fsdp"] - int8["fsdp"] == int8["fsdp"] - dx["fsdp"] == 0.5 * layers
+    assert (int8["tensor"], dx["tensor"]) == (1.5 * full["tensor"], 2 * full["tensor"])
