@@ -57,7 +57,8 @@ def to_plain(value: Any) -> Any:
                 continue
             if f.default_factory is not dataclasses.MISSING and v == f.default_factory():
                 continue
-            out[f.name] = to_plain(v)
+            whole = isinstance(v, int) and not isinstance(v, bool) and f.type in (float, "float")
+            out[f.name] = float(v) if whole else to_plain(v)  # 1 and 1.0 are one spec: a run is told by its text
         return out
     if isinstance(value, Mapping):
         return {str(k): to_plain(v) for k, v in value.items()}

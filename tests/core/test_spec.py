@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distill_jax.core import spec
 from distill_jax.core.roles import Role
+from distill_jax.train.optim import AdamW
 
 
 def half(x):
@@ -80,3 +81,9 @@ def test_enum_by_number_is_not_silently_a_name():
         A = 1
     with pytest.raises(ValueError, match="expected one of"):
         spec.from_plain("b", E)
+
+
+def test_whole_numbers_of_float_fields_have_one_text():
+    """A recipe in Python may say warmup=1; read back from its YAML it is 1.0, and the same run."""
+    one = AdamW(peak_lr=1, warmup=1)
+    assert spec.dump(spec.load(spec.dump(one))) == spec.dump(one) == spec.dump(AdamW(peak_lr=1.0, warmup=1.0))
