@@ -6,56 +6,17 @@ layer's working set. The larger of the two counts. Legend: D hidden size, F inne
 query and of all key heads, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.remat import Widths, policy_of
 from distill_jax.objective.memory import lift_bytes
 from distill_jax.recipe import Stage, Student
 
 PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
 """What device memory goes to, in the order it is printed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Widths:
-    """Sizes of one layer on one device: tensor parallelism cuts what belongs to heads and the MLP's inner dimension.
-    A mixture has the inner sizes of all experts of a token, and its copies for them."""
-
-    d: float
-    q: float
-    k: float
-    f: float
-
-    @classmethod
-    def of(cls, c: ModelConfig, tensor: int) -> "Widths":
-        return cls(d=c.hidden_size, q=c.num_heads * c.head_dim / tensor,
-                   f=(c.inner_size + (2 * c.moe.top_k * c.hidden_size / 3 if c.moe else 0)) / tensor,
-                   k=c.num_kv_heads * c.head_dim / (tensor if c.num_kv_heads % tensor == 0 else 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Of a remat policy, numbers a token. kept: of each layer until its backward pass; wide: of those, in float32
-    whatever the compute dtype; working: of the one layer whose backward pass runs; again: share of the forward pass
-    that runs a second time."""
-
-    kept: Callable[[Widths], float]
-    working: Callable[[Widths], float]
-    wide: Callable[[Widths], float] = lambda w: 0.0
-    again: float = 0.0
-
-
-REMAT: dict[str, Kept] = {
-    "none": Kept(kept=lambda w: 6 * w.f + 3 * w.d + 2 * w.q + 2 * w.k, wide=lambda w: 6 * w.d,
-                 working=lambda w: 5 * w.f + 12 * w.d),
-    "dots": Kept(kept=lambda w: 2 * w.f + 2 * w.d + w.q + 2 * w.k, working=lambda w: 2 * w.f + 11 * w.d, again=0.1),
-    "qkv_attention": Kept(kept=lambda w: w.d + 2 * w.q + 2 * w.k, working=lambda w: 4 * w.f + 10 * w.d, again=0.85),
-    "full": Kept(kept=lambda w: w.d, working=lambda w: 4 * w.f + 10 * w.d, again=1.0),
-}
-"""From most memory to most time. `none` keeps six inner widths (gate, up, the activation's parts and products) and the
-norms' float32 parts; `dots` the results of the projections; `full` the layer's input."""
 
 
 def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping[str, Sequence[int]],
@@ -179,14 +140,7 @@ class _Model:
     def _kept(self, cut: Cut) -> float:
         if not self.provider.trainable:
             return 0.0
-        w, policy = Widths.of(self.config, cut.tensor), policy_of(self.provider.remat)
         scores = self._scores(cut) if self.provider.remat == "none" else 0.0
-        return self.config.num_layers * self.tokens * (self.item * (policy.kept(w) + scores) + 4 * policy.wide(w))
+        kept = policy_of(self.provider.remat).bytes(self.config, self.item, cut.tensor)
+        return self.tokens * (kept + self.config.num_layers * self.item * scores)
 
-
-def policy_of(name: str) -> Kept:
-    """Raises ValueError for a remat policy that has no formula."""
-    if name not in REMAT:
-        raise ValueError(f"no memory formula for remat {name!r}; add one to jobs.memory.REMAT, known: "
-                         f"{', '.join(REMAT)}")
-    return REMAT[name]

@@ -26,6 +26,7 @@ from distill_jax.jobs.traffic import step_seconds
 from distill_jax.loading import hub_config
 from distill_jax.models import families, hf
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.remat import policy_of
 from distill_jax.models.transformer import Transformer
 from distill_jax.objective.term import build_objective
 from distill_jax.recipe import AnyProjector, Recipe, Stage, Student, resolve
@@ -99,7 +100,7 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
     trained = {n: shapes for n, p in stage.models.items() if (shapes := trained_shapes(configs[n], p)) is not None}
     passes = {n: 1 if not p.trainable else 2 if p.lora else 3 for n, p in stage.models.items()}
     flops = sum(n * rows * t * configs[name].flops_per_token(t) for name, n in passes.items() for t in runs[name])
-    again = sum(bytes_of.policy_of(p.remat).again * rows * t * configs[name].flops_per_token(t, head=False)
+    again = sum(policy_of(p.remat).again * rows * t * configs[name].flops_per_token(t, head=False)
                 for name, p in stage.models.items() if p.trainable for t in runs[name])
     memory = bytes_of.stage_memory(
         stage, configs, runs, sizes, platform=device.platform,

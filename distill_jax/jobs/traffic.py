@@ -7,8 +7,9 @@ parameters run beside the computation, what tensor and context parallelism send 
 from collections.abc import Mapping, Sequence
 
 from distill_jax.jobs.hardware import Device
-from distill_jax.jobs.memory import Cut, policy_of
+from distill_jax.jobs.memory import Cut
 from distill_jax.models.config import ModelConfig
+from distill_jax.models.remat import policy_of
 from distill_jax.recipe import Stage
 
 INNER = ("tensor", "context", "expert", "fsdp", "data")

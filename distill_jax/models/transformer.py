@@ -26,7 +26,7 @@ from distill_jax.models.config import ModelConfig
 from distill_jax.models.layers import Layer, RMSNorm, Shared, State
 from distill_jax.models.moe import Routing
 from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
-from distill_jax.models.remat import REMAT
+from distill_jax.models.remat import policy_of
 from distill_jax.models.scores import Layout, segment_starts, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
 
@@ -99,8 +99,7 @@ class Transformer(nn.Module):
     attention: str = "auto"
 
     def setup(self) -> None:
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+        policy_of(self.remat)  # or it raises
         c = self.config
         self.embed = Embed(c, self.dtype)
         # A few layers compile faster without a loop, and on the CPU run faster: no stacked residuals to clear.

@@ -1,5 +1,6 @@
 """What a compiled program sends between devices, read out of its HLO text."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -66,9 +67,16 @@ def collectives(text: str) -> list[Collective]:
                 continue
             kind = op[3].removesuffix("-start")
             if kind in KINDS and (group := _group(kind, line)) > 1:
+                read = _scattered if name.startswith("all-reduce-scatter") else _read
                 for around in loops.get(name, []):
-                    out.append(_read(op, kind, group, around, line))
+                    out.append(read(op, kind, group, around, line))
     return out
+
+
+def _scattered(op: re.Match[str], kind: str, group: int, around: tuple[int | None, ...], line: str) -> Collective:
+    """TPU: a fusion `all-reduce-scatter` is an all-reduce and a cut to the eye, and runs as a reduce-scatter."""
+    whole = _read(op, kind, group, around, line)
+    return dataclasses.replace(whole, kind="reduce-scatter") if kind == "all-reduce" else whole
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -76,7 +84,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if head := _HEAD.match(line):
             name, lines = ("ENTRY" if line.startswith("ENTRY") else head[1]), []
-        elif line.startswith("}") and name:
+        elif name and line.split("//")[0].rstrip() == "}":  # a kernel's metadata may have a line that begins so
             yield name, lines
             name = ""
         elif name:

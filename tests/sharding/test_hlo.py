@@ -147,6 +147,29 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+TPU = """HloModule m
+
+%all-reduce-scatter.1 (a: bf16[16,8]) -> bf16[4,8] {
+  %r = bf16[16,8]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %cut = bf16[4,8]{1,0} dynamic-slice(%r, %at, %zero), dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main (a: bf16[16,8]) -> bf16[4,8] {
+  %splash = bf16[16,8]{1,0} custom-call(%a), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="attention"}
+  %fusion = bf16[4,8]{1,0} fusion(%splash), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %g = bf16[16,8]{1,0} all-gather(%fusion), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_reading_the_text_of_tpus():
+    """A kernel's metadata has lines that look like an end; a reduce-scatter is a fusion with an all-reduce in it."""
+    found = {c.name: (c.kind, c.bytes, c.group, c.sent) for c in collectives(TPU)}
+    assert found == {"r": ("reduce-scatter", 256, 4, 0.75 * 256), "g": ("all-gather", 256, 4, 0.75 * 256)}
+
+
 def test_reading_hlo_by_hand():
     found = {c.name: (c.kind, c.bytes, c.group, c.loops, c.sent) for c in collectives(PROGRAM)}
     assert found == {
