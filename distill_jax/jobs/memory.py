@@ -8,11 +8,15 @@ query and of all key heads, V vocabulary, L layers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
+from distill_jax.losses.rows.vocabulary import may_be_cut, needs_whole
+from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, TopKTarget
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.remat import Widths, policy_of
-from distill_jax.objective.memory import lift_bytes
+from distill_jax.objective.memory import BUDGET, Loop, lift_bytes
+from distill_jax.objective.term import Term
 from distill_jax.recipe import Stage, Student
 
 PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
@@ -46,9 +50,19 @@ def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping
     return {part: always[part] + peak[part] for part in PARTS}
 
 
+def target_kind(target: str) -> type:
+    """The class of what a term's loss compares with, by the term's `target` (`objective.rows.kind_of`)."""
+    if target in ("tokens", "fields"):
+        return Labels if target == "tokens" else Known
+    kinds = {"topk": TopKTarget, "token": TopKTarget, "sampled": SampledTarget}
+    name = target.removeprefix("signals/")
+    return Full if name == target else kinds.get(name.rstrip("0123456789").rstrip("_"), Full)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a step is cut up. rows: parts of the batch's rows; platform: as `hardware.Device` says."""
+    """How a step is cut up. rows: parts of the batch's rows; platform: as `hardware.Device` says; loop: of the loss
+    where it may choose; vocabulary: parts of it, over `tensor`."""
 
     rows: int
     expert: int
@@ -58,10 +72,16 @@ class Cut:
     micro_batches: int
     batch: int
     platform: str
+    loop: Loop
+    vocabulary: int
 
     @classmethod
     def of(cls, stage: Stage, sizes: Mapping[str, int], platform: str) -> "Cut":
-        return cls(rows=sizes["data"] * sizes["fsdp"] * sizes["expert"], context=sizes["context"], platform=platform,
+        terms = [(t, target_kind(t.target)) for t in stage.terms.values() if isinstance(t, Term)]
+        cuts = all(may_be_cut(t.loss, kind) for t, kind in terms)
+        whole = any(needs_whole(t.loss, kind, t.kwargs) for t, kind in terms) or not terms
+        return cls(loop="tokens" if whole else stage.loss_loop, vocabulary=sizes["tensor"] if cuts else 1,
+                   rows=sizes["data"] * sizes["fsdp"] * sizes["expert"], context=sizes["context"], platform=platform,
                    expert=sizes["expert"],
                    tensor=sizes["tensor"], fsdp=sizes["fsdp"], micro_batches=stage.micro_batches,
                    batch=stage.source.rows)
@@ -107,15 +127,26 @@ class _Model:
         """While the loss runs."""
         c, tpu = self.config, cut.platform == "tpu"
         head = float(prod((c.vocab_size, c.hidden_size)))
-        loss = float(lift_bytes(tokens=int(self.longest), vocab=c.vocab_size, width=c.hidden_size, itemsize=self.item,
-                                trainable=self.provider.trainable, copies=2 if tpu else 1))
+        way, loss = self._lifted(cut)
         if self.provider.lora:
             loss -= 4 * head  # no gradient of the head
-        elif cut.devices > 1 and self.provider.trainable:  # the head's gradient once more, for sending it; on GPUs the
-            more = 4 * head  # logits are gone by then; on TPUs a chunk's share of it has a place of its own too
+        elif cut.devices > 1 and self.provider.trainable and way == "tokens":
+            # The head's gradient once more, for sending it; on GPUs the logits are gone by then; on TPUs a chunk's share
+            more = 4 * head  # of it has a place of its own too.
             loss = loss + 2 * more if tpu else max(loss, 2 * more + self.longest * c.hidden_size * self.item)
         grads = 4 * self.trained * ((cut.micro_batches > 1) + tpu)
         return {"activations": self._kept(cut), "loss": loss, "gradients": grads}
+
+    def _lifted(self, cut: Cut) -> tuple[Loop, float]:
+        """The loop that `objective.chunks` takes, and the bytes it holds."""
+        c = self.config
+        parts = cut.vocabulary if c.vocab_size % cut.vocabulary == 0 else 1
+        held = partial(lift_bytes, tokens=int(self.longest * parts / cut.tensor), vocab=c.vocab_size,
+                       width=c.hidden_size, itemsize=self.item, trainable=self.provider.trainable, parts=parts,
+                       shards=cut.parts(c))
+        less = held(loop="vocabulary") < held(loop="tokens") > BUDGET
+        way: Loop = cut.loop if cut.loop != "auto" else "vocabulary" if less else "tokens"
+        return way, float(held(loop=way, copies=2 if cut.platform == "tpu" else 1))
 
     def in_layer(self, cut: Cut) -> dict[str, float]:
         """While the backward pass of a layer runs; of a frozen model, its forward pass."""

@@ -13,10 +13,12 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, 
 
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _HEAD = re.compile(r"^\s*(?:ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$")
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*(//.*)?$')  # a kernel's metadata has lines that begin so too
 _OP = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = (.+?) ([a-z\-]+)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _NAMED = re.compile(r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
@@ -60,13 +62,17 @@ def collectives(text: str) -> list[Collective]:
     """All collectives of `compiled.as_text()` that run between several devices, with the loops they stand in."""
     computations = dict(_computations(text))
     loops = _loops(computations)
-    out = []
+    out, chains = [], set()
     for name, lines in computations.items():
         for line in lines:
             if not (op := _OP.match(line)):
                 continue
             kind = op[3].removesuffix("-start")
             if kind in KINDS and (group := _group(kind, line)) > 1:
+                if chain := _CHAIN.search(line):  # TPU: its start, its steps beside products, its end: sent once
+                    if (key := (chain[1], op[2], *re.findall(r"channel_id=\d+", line))) in chains:
+                        continue
+                    chains.add(key)
                 read = _scattered if name.startswith("all-reduce-scatter") else _read
                 for around in loops.get(name, []):
                     out.append(read(op, kind, group, around, line))
@@ -84,7 +90,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if head := _HEAD.match(line):
             name, lines = ("ENTRY" if line.startswith("ENTRY") else head[1]), []
-        elif name and line.split("//")[0].rstrip() == "}":  # a kernel's metadata may have a line that begins so
+        elif name and _END.match(line):
             yield name, lines
             name = ""
         elif name:
