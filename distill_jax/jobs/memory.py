@@ -131,8 +131,8 @@ class _Model:
         if self.provider.lora:
             loss -= 4 * head  # no gradient of the head
         elif cut.devices > 1 and self.provider.trainable and way == "tokens":
-            # The head's gradient once more, for sending it; on GPUs the logits are gone by then; on TPUs a chunk's share
-            more = 4 * head  # of it has a place of its own too.
+            # The head's gradient once more, for sending it. On GPUs the logits are gone by then; on TPUs a chunk's
+            more = 4 * head  # share of it has a place of its own too.
             loss = loss + 2 * more if tpu else max(loss, 2 * more + self.longest * c.hidden_size * self.item)
         grads = 4 * self.trained * ((cut.micro_batches > 1) + tpu)
         return {"activations": self._kept(cut), "loss": loss, "gradients": grads}
