@@ -24,7 +24,8 @@ SHAPES: dict[str, ModelConfig] = {
         num_kv_heads=4, head_dim=128, context_length=40960, tied=False, attention=AttentionConfig(qk_norm=True),
         moe=MoE(experts=64, top_k=8, size=768)),
 }
-"""Sizes of Qwen2.5's config.json; `tiny` is for tests; `moe`: Qwen3-30B-A3B with a third of its layers and half of its experts."""
+"""Sizes of Qwen2.5's config.json; `tiny` is for tests; `moe`: Qwen3-30B-A3B with a
+third of its layers and half of its experts."""
 
 
 def step_recipe(size: str, loss: str = "kd", *, rows: int, length: int = 4096, remat: str = "dots",
