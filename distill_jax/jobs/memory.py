@@ -7,7 +7,7 @@ query and of all key heads, V vocabulary, L layers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
@@ -154,14 +154,28 @@ class _Model:
         if not self.provider.trainable:
             return {"activations": self.longest * self.item * (4 * w.d + 2 * w.q + 2 * w.k + 3 * w.f)}
         policy = policy_of(self.provider.remat)
-        working = self.item * self.longest * (policy.working(w) + self._scores(cut))
+        working = self.item * self.longest * (
+            (policy.working(w) if self.config.moe is None else policy.working(replace(w, f=0.0)) + self._copies(cut))
+            + self._scores(cut))
         layer = w.d * (2 * w.q + 2 * w.k + 3 * w.f)
         grads = 4 * self.trained * (2 if cut.micro_batches > 1 else 1)
         if cut.parts(self.config) > 1:  # the layer put together, and its gradient before it is cut
             grads += 2 * self.item * layer
+            kernels = self.config.num_layers / cut.parts(self.config)
             if cut.platform != "tpu":  # kernels whose cut dimension is not the first are turned round once for sending
-                grads += 4 * self.config.num_layers * w.d * (w.q + 2 * w.k + 2 * w.f) / cut.parts(self.config)
+                grads += 4 * kernels * w.d * (w.q + 2 * w.k + 2 * w.f)
+            else:  # all kernels cast before each loop; products beside a gather hold what both read and write
+                grads += 2 * self.item * kernels * layer + 4 * self.item * layer
+                working += 4 * self.item * self.longest * w.f
         return {"activations": self._kept(cut) + working, "gradients": grads}
+
+    def _copies(self, cut: Cut) -> float:
+        """A mixture's copies of a token for its experts, those of all rows of the expert axis, in numbers a token.
+        But on TPUs XLA makes each again for every expert of the device, masked, three times at once (`ragged_dot`)."""
+        moe = self.config.moe
+        assert moe is not None
+        masked = 0.0 if cut.platform == "tpu" else moe.experts / cut.expert
+        return cut.expert * moe.top_k * (3 * masked + 5) * self.config.hidden_size
 
     def _scores(self, cut: Cut) -> float:
         """Short rows are attended to all at once: their scores, in numbers a token."""

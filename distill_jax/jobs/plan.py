@@ -119,7 +119,8 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         params={n: c.num_params for n, c in configs.items()} | projectors, devices=devices,
         seconds=stage.steps * (compute + waiting), waiting=waiting / (compute + waiting),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
-        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes))
+        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes) + _masked(
+            configs, sizes, device))
 
 
 def _divides(stage: Stage, sizes: Mapping[str, int]) -> None:
@@ -198,6 +199,12 @@ def _unsharded(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int]) -> 
                  f"every device holds all parameters; use "
                  f"mesh.fsdp={math.gcd(sizes['fsdp'], c.hidden_size)} and more mesh.data"
                  for n, c in configs.items() if c.hidden_size % sizes["fsdp"])
+
+
+def _masked(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int], device: Device) -> tuple[str, ...]:
+    return tuple(f"{n}: but for TPUs XLA multiplies each token's copies with all {c.moe.experts // sizes['expert']} "
+                 "experts of the device, masked: more time than modelled, and the memory is of that"
+                 for n, c in configs.items() if c.moe and device.platform != "tpu")
 
 
 def plan_recipe(recipe: Recipe, device: Device, devices: int) -> list[StagePlan]:
