@@ -89,6 +89,7 @@ CASES = (
     Case(on="v5p:4x4x4", size="7B", rows=128, remat="full"),  # FSDP over the whole slice
     Case(on="v5p:4x4x4", size="7B", rows=128, remat="full", data=4),
     Case(on="v5p:8x8x16", size="7B", rows=2048, remat="full", data=16),
+    Case(on="v5p:8x8x16", size="7B", rows=2048, remat="full", data=64),
 )
 
 

@@ -45,7 +45,7 @@ def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping
             for part, size in parts.items():
                 phase[part] += size
     lengths = stage.source.seq_len + sum(v.seq_len or stage.source.seq_len for v in stage.retokenised.values())
-    always["batch"] = stage.source.rows / cut.rows * (7 * 4 * lengths + signals * stage.source.seq_len)
+    always["batch"] = stage.source.rows / cut.rows / cut.context * (7 * 4 * lengths + signals * stage.source.seq_len)
     peak = max((in_loss, in_layer), key=lambda p: sum(p.values()))
     return {part: always[part] + peak[part] for part in PARTS}
 
@@ -171,11 +171,12 @@ class _Model:
 
     def _copies(self, cut: Cut) -> float:
         """A mixture's copies of a token for its experts, those of all rows of the expert axis, in numbers a token.
-        But on TPUs XLA makes each again for every expert of the device, masked, three times at once (`ragged_dot`)."""
+        But on TPUs XLA makes each again for every expert of the device, masked, three or four times at once: it has no
+        grouped product for `ragged_dot`."""
         moe = self.config.moe
         assert moe is not None
         masked = 0.0 if cut.platform == "tpu" else moe.experts / cut.expert
-        return cut.expert * moe.top_k * (3 * masked + 5) * self.config.hidden_size
+        return cut.expert * moe.top_k * (3.6 * masked + 5) * self.config.hidden_size
 
     def _scores(self, cut: Cut) -> float:
         """Short rows are attended to all at once: their scores, in numbers a token."""
