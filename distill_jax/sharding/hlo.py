@@ -19,6 +19,8 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_CONSTANT = re.compile(r"^\s*%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ADD = re.compile(r"^\s*%?([\w.\-]+) = [su]32\[\]\S* add\(%?[\w.\-]+, %?([\w.\-]+)\)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _NAMED = re.compile(r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
@@ -126,8 +128,19 @@ def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
     text = "\n".join(computations.get(condition[1], [])) if condition else ""
     for callee in _CALLED.findall(text):
         text += "\n" + "\n".join(computations.get(callee, []))
-    limits = set(re.findall(r"s32\[\]\S* constant\((\d+)\)", text))
-    return int(limits.pop()) if len(limits) == 1 else None
+    limits = set(re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text))
+    body = re.search(r"body=%?([\w.\-]+)", line)
+    return -(-int(limits.pop()) // _step(computations.get(body[1], []) if body else [])) if len(limits) == 1 else None
+
+
+def _step(body: list[str]) -> int:
+    """What is added to a loop's counter in a turn (TPU: products in parts take two at a time); 1 where it is not seen.
+    """
+    constants = {m[1]: int(m[2]) for line in body if (m := _CONSTANT.match(line))}
+    out = next((set(re.findall(r"%([\w.\-]+)", line.split(" tuple(")[-1])) for line in body
+                if line.lstrip().startswith("ROOT") and " tuple(" in line), set())
+    steps = {constants[m[2]] for line in body if (m := _ADD.match(line)) and m[1] in out and m[2] in constants}
+    return steps.pop() if len(steps) == 1 and 0 not in steps else 1
 
 
 def _group(kind: str, line: str) -> int:

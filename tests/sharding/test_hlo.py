@@ -187,6 +187,15 @@ def test_reading_the_text_of_tpus():
                      "start": ("all-gather", 256, 4, 0.75 * 256), "g": ("all-gather", 256, 4, 0.75 * 256)}
 
 
+def test_turns_of_a_loop_that_counts_by_two():
+    counted = PROGRAM.replace("s32[] constant(5)", "u32[] constant(8)")
+    text = counted.replace("  ROOT %t = (s32[], f32[8]) tuple(%i, %z)", """
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  ROOT %t = (u32[], f32[8]) tuple(%next, %z)""")
+    assert {c.loops for c in collectives(text) if c.name in ("g", "r")} == {(4,)}
+
+
 def test_reading_hlo_by_hand():
     found = {c.name: (c.kind, c.bytes, c.group, c.loops, c.sent) for c in collectives(PROGRAM)}
     assert found == {
