@@ -18,8 +18,7 @@ distill_jax_gpu_flags() {
 --xla_gpu_all_gather_combine_threshold_bytes=134217728 | parameters of about a layer at a time
 --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728 | gradients of about a layer at a time
 --xla_gpu_all_reduce_combine_threshold_bytes=134217728 | gradients between replicas
---xla_gpu_enable_pipelined_all_gather=true | moved across the loop over layers, so that there is something to hide under
---xla_gpu_enable_pipelined_reduce_scatter=true | as above, backward
+--xla_gpu_enable_pipelined_reduce_scatter=true | moved across the loop over layers, so that it hides; not all-gather, which keeps every layer
 --xla_gpu_enable_while_loop_double_buffering=true | the loop over layers twice in its body: no copies of gathered kernels
 TABLE
 }

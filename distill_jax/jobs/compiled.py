@@ -33,6 +33,7 @@ from distill_jax.objective.chunks import kernel_spec
 from distill_jax.recipe import Recipe, Stage
 from distill_jax.sharding import batch_spec, fit_spec, make_mesh, param_shardings
 from distill_jax.sharding.hlo import Collective, collectives
+from distill_jax.sharding.mesh import placed
 from distill_jax.train.state import TrainState, opt_state_shardings
 from distill_jax.train.step import StepConfig, make_step
 
@@ -116,7 +117,7 @@ def compile_step(recipe: Recipe, stage: Stage, target: Target, configs: Mapping[
 
     mesh = make_mesh(devices=abstract_devices(target), **recipe.mesh.sizes)
     if target.platform == "tpu":  # neighbours on the torus, as `make_mesh` places the devices of a run
-        mesh = jax.make_mesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, devices=list(mesh.devices.flat))
+        mesh = placed(mesh.axis_sizes, list(mesh.devices.flat))
     models = {n: Transformer(configs[n], dtype=jnp.dtype(p.precision), remat=p.remat, attention=p.attention)
               for n, p in stage.models.items()}
     config = step_config(stage, models, mesh)
