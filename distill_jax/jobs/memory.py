@@ -15,7 +15,7 @@ from distill_jax.losses.rows.vocabulary import may_be_cut, needs_whole
 from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, TopKTarget
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.remat import Widths, policy_of
-from distill_jax.objective.memory import BUDGET, Loop, lift_bytes
+from distill_jax.objective.memory import BUDGET, CHUNK, Loop, chunk_size, lift_bytes
 from distill_jax.objective.term import Term
 from distill_jax.recipe import Stage, Student
 
@@ -131,9 +131,11 @@ class _Model:
         if self.provider.lora:
             loss -= 4 * head  # no gradient of the head
         elif cut.devices > 1 and self.provider.trainable and way == "tokens":
-            # The head's gradient once more, for sending it. On GPUs the logits are gone by then; on TPUs a chunk's
-            more = 4 * head  # share of it has a place of its own too.
-            loss = loss + 2 * more if tpu else max(loss, 2 * more + self.longest * c.hidden_size * self.item)
+            # On GPUs the head's gradient once more, for sending it, when the logits are gone. On TPUs the head and its
+            # gradient, and over five times a chunk's logits (fitted to two steps).
+            logits = chunk_size(int(self.longest), CHUNK) * c.vocab_size * (4 + self.item)
+            loss = 5.4 * logits + (4 + self.item) * head if tpu else (
+                max(loss, 8 * head + self.longest * c.hidden_size * self.item))
         grads = 4 * self.trained * ((cut.micro_batches > 1) + tpu)
         return {"activations": self._kept(cut), "loss": loss, "gradients": grads}
 
