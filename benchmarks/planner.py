@@ -29,7 +29,8 @@ RESULTS = Path(__file__).parent / "results" / "planner.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step on a target. rows: of the whole batch; tensor, data: sizes of these mesh axes, fsdp has the rest."""
+    """A step on a target. rows: of the whole batch; tensor, data, context, expert: sizes of these mesh axes, fsdp has
+    the rest."""
 
     on: str
     size: str
@@ -40,17 +41,23 @@ class Case:
     micro_batches: int = 1
     tensor: int = 1
     data: int = 1
+    context: int = 1
+    expert: int = 1
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        return {n: v for n in ("tensor", "data", "context", "expert") if (v := getattr(self, n)) > 1}
 
     @property
     def key(self) -> str:
-        cut = "".join(f" {n} {v}" for n, v in (("tensor", self.tensor), ("data", self.data)) if v > 1)
+        cut = "".join(f" {n} {v}" for n, v in self.mesh.items())
         return (f"{self.on} {self.size} {self.loss} {self.rows}x{self.length} {self.remat} "
                 f"micro {self.micro_batches}{cut}")
 
     @property
     def recipe(self) -> Recipe:
         return step_recipe(self.size, self.loss, rows=self.rows, length=self.length, remat=self.remat,
-                           micro_batches=self.micro_batches, mesh=MeshShape(tensor=self.tensor, data=self.data))
+                           micro_batches=self.micro_batches, mesh=MeshShape(**self.mesh))
 
     @property
     def stage(self) -> Stage:
@@ -71,12 +78,18 @@ CASES = (
     Case(on="h200:8", size="1.5B", rows=64, micro_batches=2),
     Case(on="h200:8", size="7B", rows=32, remat="full"),
     Case(on="h200:8", size="7B", rows=16, tensor=2),
+    Case(on="h200:8", size="1.5B", rows=8, length=32768, remat="full", context=4),
+    Case(on="h200:8", size="0.5B", rows=2, length=131072, remat="full", context=8),
+    Case(on="h200:8", size="moe", rows=16, remat="full", expert=8),
+    Case(on="h200:8", size="moe", rows=16, remat="full", expert=2),
     Case(on="v6e:4", size="0.5B", rows=8, remat="full"),
     Case(on="v6e:4", size="0.5B", rows=8, micro_batches=2),
-    Case(on="v6e:8", size="1.5B", loss="ce", rows=16, remat="full"),
-    Case(on="v5p:4x4x4", size="7B", rows=128, remat="full"),
-    Case(on="v5p:8x8x16", size="1.5B", rows=2048),  # 1536 has no 1024 parts: planned with a note
-    Case(on="v5p:8x8x16", size="1.5B", rows=2048, data=2),
+    Case(on="v6e:8", size="1.5B", rows=16, remat="full"),
+    Case(on="v6e:16", size="7B", rows=32, remat="full"),
+    Case(on="v5p:4x4x4", size="7B", rows=128, remat="full"),  # FSDP over the whole slice
+    Case(on="v5p:4x4x4", size="7B", rows=128, remat="full", data=4),
+    Case(on="v5p:8x8x16", size="7B", rows=2048, remat="full", data=16),
+    Case(on="v5p:8x8x16", size="7B", rows=2048, remat="full", data=64),
 )
 
 

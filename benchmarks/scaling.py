@@ -1,8 +1,9 @@
 """Weak scaling, modelled: what a step sends, read from the program compiled for 8 to 256 devices that are not there.
 
-Each device keeps the same tokens. H200: FSDP within a host of 8, replicas across hosts; TPUs: FSDP over the slice. The
-time of the computation is FLOPs at an assumed share of the peak, that of sending the HLO's bytes over the published
-links (rings; a group that spans hosts uses the network). Two efficiencies are printed: nothing overlaps, and everything
+Each device keeps the same tokens. H200: FSDP within a host of 8, replicas across hosts; TPUs: FSDP over up to 16 of the
+slice's devices, replicas over the rest. The time of the computation is FLOPs at an assumed share of the peak, that of
+sending the HLO's bytes over the published links (rings; a group that spans hosts uses the network; a group within a
+slice uses the links along the torus axes that it spans). Two efficiencies are printed: nothing overlaps, and everything
 that can does (the slower of the two counts); a real step lies between. Nothing runs.
 
     JAX_PLATFORMS=cpu python -m benchmarks.scaling                       # H200 and v5p, 1.5B; needs their compilers
@@ -22,7 +23,7 @@ import jax
 
 from benchmarks.shapes import SHAPES, step_recipe
 from distill_jax.jobs.compiled import compile_step
-from distill_jax.jobs.hardware import Device, Target, parse
+from distill_jax.jobs.hardware import Device, Target, parse, within_slice
 from distill_jax.recipe import MeshShape
 from distill_jax.sharding.hlo import Collective
 
@@ -50,15 +51,17 @@ class Times:
 
 
 def mesh_of(device: Device, count: int) -> MeshShape:
-    """FSDP within what the fast links join, replicas across."""
-    inside = min(count, device.host or count)
+    """FSDP within a host, or within a part of a slice: over a whole one, gradients of some widths are all-reduced."""
+    inside = min(count, device.host or 16)
     return MeshShape(data=count // inside, fsdp=inside)
 
 
-def seconds_of(c: Collective, device: Device, count: int) -> float:
+def seconds_of(c: Collective, target: Target) -> float:
     """A collective of as many devices as a host has stays in it; of fewer or more, along `data`, crosses hosts."""
-    hosts = device.host is not None and count > device.host
-    crosses = hosts and c.group != device.host
+    device = target.device
+    if device.host is None:
+        return c.sent / within_slice(device, target.count, c.group)
+    crosses = target.count > device.host and c.group != device.host
     return c.sent / (device.network if crosses else device.link)
 
 
@@ -68,7 +71,7 @@ def times_of(target: Target, size: str, remat: str) -> tuple[Times, float]:
                          mesh=mesh_of(target.device, target.count))
     compiled = compile_step(recipe, recipe.stages[0], target, {"student": SHAPES[size]})  # type: ignore[arg-type]
     flops = 3 * ROWS * LENGTH * SHAPES[size].flops_per_token(LENGTH)
-    sending = sum(seconds_of(c, target.device, target.count) for c in compiled.collectives)
+    sending = sum(seconds_of(c, target) for c in compiled.collectives)
     return Times(compute=flops / (target.device.flops * target.device.mfu), sending=sending), compiled.sent / 1e9
 
 

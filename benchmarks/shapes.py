@@ -3,7 +3,7 @@
 from distill_jax.data.source_specs import Store
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl
-from distill_jax.models.config import AttentionConfig, ModelConfig
+from distill_jax.models.config import AttentionConfig, ModelConfig, MoE
 from distill_jax.objective.term import Term
 from distill_jax.recipe import MeshShape, Recipe, Stage, Student
 
@@ -19,8 +19,13 @@ SHAPES: dict[str, ModelConfig] = {
     "0.5B": _qwen(151936, 896, 4864, 24, 14, 2, 64, True),
     "1.5B": _qwen(151936, 1536, 8960, 28, 12, 2, 128, True),
     "7B": _qwen(152064, 3584, 18944, 28, 28, 4, 128, False),
+    "moe": ModelConfig(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, mlp_size=6144, num_layers=16, num_heads=32,
+        num_kv_heads=4, head_dim=128, context_length=40960, tied=False, attention=AttentionConfig(qk_norm=True),
+        moe=MoE(experts=64, top_k=8, size=768)),
 }
-"""Sizes of Qwen2.5's config.json; `tiny` is for tests."""
+"""Sizes of Qwen2.5's config.json; `tiny` is for tests; `moe`: Qwen3-30B-A3B with a
+third of its layers and half of its experts."""
 
 
 def step_recipe(size: str, loss: str = "kd", *, rows: int, length: int = 4096, remat: str = "dots",

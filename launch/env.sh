@@ -3,7 +3,7 @@
 #   . launch/env.sh; distill_jax_env h100        prints nothing, exports
 # Platforms: cpu, a100, h100 (also h200, b200), v5e, v5p, v6e. What the caller has set already is kept, and comes last:
 # of a flag given twice XLA takes the later one. A flag that a compiler does not know ends the process, so every flag
-# of the GPU table is tried by tests/launch/test_env.py on the jaxlib that is installed.
+# of the GPU table is tried by tests/launch/test_scripts.py on the jaxlib that is installed.
 
 # Compiled programs are kept between starts: a restart after a preemption then begins in seconds.
 distill_jax_cache() {
@@ -18,8 +18,7 @@ distill_jax_gpu_flags() {
 --xla_gpu_all_gather_combine_threshold_bytes=134217728 | parameters of about a layer at a time
 --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728 | gradients of about a layer at a time
 --xla_gpu_all_reduce_combine_threshold_bytes=134217728 | gradients between replicas
---xla_gpu_enable_pipelined_all_gather=true | moved across the loop over layers, so that there is something to hide under
---xla_gpu_enable_pipelined_reduce_scatter=true | as above, backward
+--xla_gpu_enable_pipelined_reduce_scatter=true | moved across the loop over layers, so that it hides; not all-gather, which keeps every layer
 --xla_gpu_enable_while_loop_double_buffering=true | the loop over layers twice in its body: no copies of gathered kernels
 TABLE
 }
@@ -30,6 +29,9 @@ distill_jax_tpu_flags() {
 --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true | as above, for FSDP's gathers
 --xla_tpu_overlap_compute_collective_tc=true | as above, for what stays on the tensor core
 --xla_enable_async_all_gather=true | starts early, waits late
+--xla_tpu_prefer_async_allgather_to_allreduce=true | over a whole slice it is an all-reduce else: twice the bytes
+--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true | as above, for gradients; on the SparseCores
+--xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter=true | as above, over two and three axes of the torus
 TABLE
 }
 

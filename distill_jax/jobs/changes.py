@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from distill_jax.jobs.hardware import Device, Target
-from distill_jax.jobs.memory import REMAT
 from distill_jax.jobs.plan import StagePlan, fits, plan_stage
+from distill_jax.models.remat import REMAT
 from distill_jax.recipe import Recipe, Stage
 from distill_jax.recipe_file import override
 
@@ -63,19 +63,12 @@ def _choices(recipe: Recipe, name: str, devices: int) -> list[list[tuple[str, ..
     trained = {n: p for n, p in stage.models.items() if p.trainable}
     order = list(REMAT)
     remat = [tuple(f"{n}.remat={policy}" for n, p in trained.items() if order.index(p.remat) < order.index(policy))
-             for policy in order if policy in known_policies()]
+             for policy in order]
     cuts = [(f"micro_batches={n}",) for n in _divisors(stage.source.rows) if n > stage.micro_batches]
     precision = [tuple(f"{n}.precision=bfloat16" for n, p in stage.models.items() if p.precision == "float32")]
     mesh = [(f"mesh.data=1 mesh.fsdp={devices // tensor} mesh.tensor={tensor} mesh.context=1 mesh.expert=1",)
             for tensor in (1, 2, 4, 8) if devices % tensor == 0 and devices > 1]
     return [[c for c in group if c] for group in (remat, cuts, precision, mesh) if any(group)]
-
-
-def known_policies() -> tuple[str, ...]:
-    """Names of the remat policies that the decoder has."""
-    from distill_jax.models.remat import REMAT as implemented
-
-    return tuple(implemented)
 
 
 def _divisors(n: int) -> Iterator[int]:

@@ -13,7 +13,6 @@ Memory and FLOPs are the compiler's; nothing here is a time. Sizes are bytes of 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distill_jax.core.batch import Batch, HiddenStates, Sampled, Signal, Stream, TokenLogprob, TopK
+from distill_jax.core.head import Head
 from distill_jax.core.platform import Platform, compiling_for
 from distill_jax.jobs.hardware import Target
+from distill_jax.jobs.plan import trained_shapes
+from distill_jax.models import hf
+from distill_jax.models.config import ModelConfig
+from distill_jax.models.lora import BASE, Base
 from distill_jax.models.transformer import Transformer
+from distill_jax.objective.chunks import kernel_spec
 from distill_jax.recipe import Recipe, Stage
-from distill_jax.sharding import batch_spec, make_mesh, param_shardings
+from distill_jax.sharding import batch_spec, fit_spec, make_mesh, param_shardings
 from distill_jax.sharding.hlo import Collective, collectives
+from distill_jax.sharding.mesh import placed
 from distill_jax.train.state import TrainState, opt_state_shardings
 from distill_jax.train.step import StepConfig, lowerable, make_step
 
@@ -37,6 +43,13 @@ FIELDS = ("behaviour_logprobs", "old_logprobs", "advantages", "returns", "old_va
 """float32 fields of a stream that some source gives; what a step does not read is not compiled."""
 PLATFORMS: dict[str, Platform] = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}
 NUMBERS = ("pair_ids", "trace_ids", "group_ids")
+FLAGS: dict[str, tuple[str, ...]] = {"tpu": (
+    "xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_overlap_compute_collective_tc", "xla_enable_async_all_gather",
+    "xla_tpu_prefer_async_allgather_to_allreduce", "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter")}
+"""What `launch/env.sh` turns on, and changes what is sent: without the last three a gather or scatter over a whole
+slice becomes an all-reduce of twice the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +116,14 @@ def compile_step(recipe: Recipe, stage: Stage, target: Target, configs: Mapping[
     from distill_jax.jobs.train import step_config
 
     mesh = make_mesh(devices=abstract_devices(target), **recipe.mesh.sizes)
+    if target.platform == "tpu":  # neighbours on the torus, as `make_mesh` places the devices of a run
+        mesh = placed(mesh.axis_sizes, list(mesh.devices.flat))
     models = {n: Transformer(configs[n], dtype=jnp.dtype(p.precision), remat=p.remat, attention=p.attention,
                              matmul=p.matmul)
               for n, p in stage.models.items()}
     config = step_config(stage, models, mesh)
-    state, frozen = abstract_state(config), abstract_frozen(config, stage)
-    batch = abstract_batch(stage, mesh, {n: c.hidden_size for n, c in configs.items()})
+    state, frozen = abstract_state(config, stage), abstract_frozen(config, stage)
+    batch = abstract_batch(stage, mesh, student_of(config).hidden_size)
     jitted = lowerable(make_step(config, state))
 
     def lowered() -> Any:
@@ -120,7 +135,8 @@ def compile_step(recipe: Recipe, stage: Stage, target: Target, configs: Mapping[
             program = lowered()
     else:
         program = lowered()
-    return _report(program.compile(), target, state, frozen, batch)
+    options: Any = dict.fromkeys(FLAGS.get(target.platform, ()), "true")
+    return _report(program.compile(options), target, state, frozen, batch)
 
 
 def _report(program: Any, target: Target, state: TrainState, frozen: Tree, batch: Batch) -> Compiled:
@@ -147,11 +163,20 @@ def device_bytes(arrays: Tree) -> int:
     return total
 
 
-def abstract_state(config: StepConfig) -> TrainState:
-    """The state of `create_state`, without arrays."""
+def student_of(config: StepConfig) -> ModelConfig:
+    """The first model that is trained."""
+    return next(m.config for n, m in config.models.items() if n in config.optimizers)  # type: ignore[attr-defined]
+
+
+def abstract_state(config: StepConfig, stage: Stage) -> TrainState:
+    """The state of `create_state`, without arrays: of a provider with adapters, these."""
     params, opt_state = {}, {}
     for name, tx in config.optimizers.items():
-        params[name] = _params(config, name, jnp.float32)
+        if name in stage.models:
+            shapes = trained_shapes(config.models[name].config, stage.models[name])  # type: ignore[attr-defined]
+        else:
+            shapes = jax.eval_shape(config.projectors[name].init, jax.random.key(0))
+        params[name] = _sharded(config.mesh, shapes, jnp.float32)
         shapes = jax.eval_shape(tx.init, params[name])
         opt_state[name] = _placed(shapes, opt_state_shardings(shapes, params[name], config.mesh))
     number = jax.ShapeDtypeStruct((), jnp.int32)
@@ -163,33 +188,44 @@ def abstract_state(config: StepConfig) -> TrainState:
 
 
 def abstract_frozen(config: StepConfig, stage: Stage) -> dict[str, Tree]:
-    """Parameters of the providers that are not trained, in their compute dtype."""
-    return {n: _params(config, n, jnp.dtype(p.precision)) for n, p in stage.models.items() if not p.trainable}
+    """What a step is handed beside its state: providers that are not trained and what adapters belong to, in their
+    compute dtype; the heads of stored hidden states, as large as the student's, in bfloat16."""
+    out: dict[str, Tree] = {}
+    for name, provider in stage.models.items():
+        if provider.trainable and provider.lora is None:
+            continue
+        model: Any = config.models[name]
+        params = _sharded(config.mesh, hf.param_shapes(model), jnp.dtype(provider.precision))
+        lora = provider.lora if provider.trainable else None
+        out |= {name: params} if lora is None else {BASE + name: Base(params=params, scale=lora.scale)}
+    c = student_of(config)
+    for name in config.objective.signals:
+        if _kind(name)[0] == "hidden":
+            shape = (c.vocab_size, c.hidden_size)
+            spec = NamedSharding(config.mesh, kernel_spec(config.mesh, shape))
+            out[f"signals/{name}"] = Head(kernel=jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spec),
+                                          real=c.real_vocab or c.vocab_size)
+    return out
 
 
-def _params(config: StepConfig, name: str, dtype: Any) -> Tree:
-    if name in config.models:
-        model = config.models[name]
-        make = lambda key: model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]  # type: ignore[attr-defined]
-    else:
-        make = config.projectors[name].init
-    shapes = jax.eval_shape(make, jax.random.key(0))
+def _sharded(mesh: Mesh, shapes: Tree, dtype: Any) -> Tree:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    return _placed(shapes, param_shardings(config.mesh, shapes))
+    return _placed(shapes, param_shardings(mesh, shapes))
 
 
 def _placed(shapes: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def abstract_batch(stage: Stage, mesh: Mesh, widths: Mapping[str, int]) -> Batch:
-    """A global batch as the stage's source gives it. widths: {provider: D}, of which a stored hidden state has the
-    largest."""
+def abstract_batch(stage: Stage, mesh: Mesh, width: int) -> Batch:
+    """A global batch as the stage's source gives it and `train.feed` places it. width: D of stored hidden states."""
     rows, length = stage.source.rows, stage.source.seq_len
-    array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, batch_spec()))
+    cut = PartitionSpec(*batch_spec(), "context")
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(
+        mesh, fit_spec(cut, shape, mesh.shape)))
     streams = {"main": _stream(array, rows, length)} | {
         n: _stream(array, rows, v.seq_len or length) for n, v in stage.retokenised.items()}
-    signals = {n: _signal(array, n, (rows, length), max(widths.values())) for n in stage.source.signals}
+    signals = {n: _signal(array, n, (rows, length), width) for n in stage.source.signals}
     return Batch(views=streams, signals=signals)
 
 
@@ -200,9 +236,7 @@ def _stream(array: Any, rows: int, length: int) -> Stream:
 
 
 def _signal(array: Any, name: str, shape: tuple[int, int], width: int) -> Signal:
-    """By its name as `jobs.score` gives it: topk64, sampled50, hidden, token."""
-    kind = name.rstrip("0123456789").rstrip("_")
-    count = int(name[len(kind):].strip("_") or 64)
+    kind, count = _kind(name)
     real, mask = array(shape, jnp.float32), array(shape, jnp.bool_)
     ids, kept = array((*shape, count), jnp.int32), array((*shape, count), jnp.float32)
     if kind == "sampled":
@@ -212,3 +246,9 @@ def _signal(array: Any, name: str, shape: tuple[int, int], width: int) -> Signal
     if kind == "hidden":
         return HiddenStates(states=array((*shape, width), jnp.bfloat16), scales=real, mask=mask)
     return TopK(ids=ids, logprobs=kept, mask=mask)
+
+
+def _kind(name: str) -> tuple[str, int]:
+    """(kind, outcomes) of a signal by its name as `jobs.score` gives it: topk64, sampled50, hidden, token."""
+    kind = name.rstrip("0123456789").rstrip("_")
+    return kind, int(name[len(kind):].strip("_") or 64)

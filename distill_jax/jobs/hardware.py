@@ -54,6 +54,14 @@ DEVICES: dict[str, Device] = {
 """Memory of data centre GPUs in GB as sold; ICI links one way: v5p and v6e 90 GB/s, v4 and v5e 45 GB/s each."""
 
 
+def within_slice(device: Device, devices: int, group: int) -> float:
+    """bytes/s that a device of a TPU slice sends to a group: by the links along as many axes of the torus (taken as of
+    equal sides) as hold it."""
+    side = max(2.0, devices ** (1 / device.axes))
+    used = min(device.axes, max(1, round(math.log(group) / math.log(side))))
+    return device.link * used / device.axes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """Devices of one kind: `h200:8`, `v5p:16`, or a TPU slice `v5p:4x4x4`. slice: "" where there is none."""

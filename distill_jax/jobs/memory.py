@@ -6,56 +6,21 @@ layer's working set. The larger of the two counts. Legend: D hidden size, F inne
 query and of all key heads, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
+from distill_jax.losses.rows.vocabulary import may_be_cut, needs_whole
+from distill_jax.losses.targets import Full, Known, Labels, SampledTarget, TopKTarget
 from distill_jax.models.config import ModelConfig
-from distill_jax.objective.memory import lift_bytes
+from distill_jax.models.remat import Widths, policy_of
+from distill_jax.objective.memory import BUDGET, CHUNK, Loop, chunk_size, lift_bytes
+from distill_jax.objective.term import Term
 from distill_jax.recipe import Stage, Student
 
 PARTS = ("parameters", "optimiser", "gradients", "activations", "loss", "batch")
 """What device memory goes to, in the order it is printed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Widths:
-    """Sizes of one layer on one device: tensor parallelism cuts what belongs to heads and the MLP's inner dimension.
-    A mixture has the inner sizes of all experts of a token, and its copies for them."""
-
-    d: float
-    q: float
-    k: float
-    f: float
-
-    @classmethod
-    def of(cls, c: ModelConfig, tensor: int) -> "Widths":
-        return cls(d=c.hidden_size, q=c.num_heads * c.head_dim / tensor,
-                   f=(c.inner_size + (2 * c.moe.top_k * c.hidden_size / 3 if c.moe else 0)) / tensor,
-                   k=c.num_kv_heads * c.head_dim / (tensor if c.num_kv_heads % tensor == 0 else 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kept:
-    """Of a remat policy, numbers a token. kept: of each layer until its backward pass; wide: of those, in float32
-    whatever the compute dtype; working: of the one layer whose backward pass runs; again: share of the forward pass
-    that runs a second time."""
-
-    kept: Callable[[Widths], float]
-    working: Callable[[Widths], float]
-    wide: Callable[[Widths], float] = lambda w: 0.0
-    again: float = 0.0
-
-
-REMAT: dict[str, Kept] = {
-    "none": Kept(kept=lambda w: 6 * w.f + 3 * w.d + 2 * w.q + 2 * w.k, wide=lambda w: 6 * w.d,
-                 working=lambda w: 5 * w.f + 12 * w.d),
-    "dots": Kept(kept=lambda w: 2 * w.f + 2 * w.d + w.q + 2 * w.k, working=lambda w: 2 * w.f + 11 * w.d, again=0.1),
-    "qkv_attention": Kept(kept=lambda w: w.d + 2 * w.q + 2 * w.k, working=lambda w: 4 * w.f + 10 * w.d, again=0.85),
-    "full": Kept(kept=lambda w: w.d, working=lambda w: 4 * w.f + 10 * w.d, again=1.0),
-}
-"""From most memory to most time. `none` keeps six inner widths (gate, up, the activation's parts and products) and the
-norms' float32 parts; `dots` the results of the projections; `full` the layer's input."""
 
 
 def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping[str, Sequence[int]],
@@ -80,14 +45,24 @@ def stage_memory(stage: Stage, configs: Mapping[str, ModelConfig], runs: Mapping
             for part, size in parts.items():
                 phase[part] += size
     lengths = stage.source.seq_len + sum(v.seq_len or stage.source.seq_len for v in stage.retokenised.values())
-    always["batch"] = stage.source.rows / cut.rows * (7 * 4 * lengths + signals * stage.source.seq_len)
+    always["batch"] = stage.source.rows / cut.rows / cut.context * (7 * 4 * lengths + signals * stage.source.seq_len)
     peak = max((in_loss, in_layer), key=lambda p: sum(p.values()))
     return {part: always[part] + peak[part] for part in PARTS}
 
 
+def target_kind(target: str) -> type:
+    """The class of what a term's loss compares with, by the term's `target` (`objective.rows.kind_of`)."""
+    if target in ("tokens", "fields"):
+        return Labels if target == "tokens" else Known
+    kinds = {"topk": TopKTarget, "token": TopKTarget, "sampled": SampledTarget}
+    name = target.removeprefix("signals/")
+    return Full if name == target else kinds.get(name.rstrip("0123456789").rstrip("_"), Full)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a step is cut up. rows: parts of the batch's rows; platform: as `hardware.Device` says."""
+    """How a step is cut up. rows: parts of the batch's rows; platform: as `hardware.Device` says; loop: of the loss
+    where it may choose; vocabulary: parts of it, over `tensor`."""
 
     rows: int
     expert: int
@@ -97,10 +72,16 @@ class Cut:
     micro_batches: int
     batch: int
     platform: str
+    loop: Loop
+    vocabulary: int
 
     @classmethod
     def of(cls, stage: Stage, sizes: Mapping[str, int], platform: str) -> "Cut":
-        return cls(rows=sizes["data"] * sizes["fsdp"] * sizes["expert"], context=sizes["context"], platform=platform,
+        terms = [(t, target_kind(t.target)) for t in stage.terms.values() if isinstance(t, Term)]
+        cuts = all(may_be_cut(t.loss, kind) for t, kind in terms)
+        whole = any(needs_whole(t.loss, kind, t.kwargs) for t, kind in terms) or not terms
+        return cls(loop="tokens" if whole else stage.loss_loop, vocabulary=sizes["tensor"] if cuts else 1,
+                   rows=sizes["data"] * sizes["fsdp"] * sizes["expert"], context=sizes["context"], platform=platform,
                    expert=sizes["expert"],
                    tensor=sizes["tensor"], fsdp=sizes["fsdp"], micro_batches=stage.micro_batches,
                    batch=stage.source.rows)
@@ -146,15 +127,28 @@ class _Model:
         """While the loss runs."""
         c, tpu = self.config, cut.platform == "tpu"
         head = float(prod((c.vocab_size, c.hidden_size)))
-        loss = float(lift_bytes(tokens=int(self.longest), vocab=c.vocab_size, width=c.hidden_size, itemsize=self.item,
-                                trainable=self.provider.trainable, copies=2 if tpu else 1))
+        way, loss = self._lifted(cut)
         if self.provider.lora:
             loss -= 4 * head  # no gradient of the head
-        elif cut.devices > 1 and self.provider.trainable:  # the head's gradient once more, for sending it; on GPUs the
-            more = 4 * head  # logits are gone by then; on TPUs a chunk's share of it has a place of its own too
-            loss = loss + 2 * more if tpu else max(loss, 2 * more + self.longest * c.hidden_size * self.item)
+        elif cut.devices > 1 and self.provider.trainable and way == "tokens":
+            # On GPUs the head's gradient once more, for sending it, when the logits are gone. On TPUs the head and its
+            # gradient, and over five times a chunk's logits (fitted to two steps).
+            logits = chunk_size(int(self.longest), CHUNK) * c.vocab_size * (4 + self.item)
+            loss = 5.4 * logits + (4 + self.item) * head if tpu else (
+                max(loss, 8 * head + self.longest * c.hidden_size * self.item))
         grads = 4 * self.trained * ((cut.micro_batches > 1) + tpu)
         return {"activations": self._kept(cut), "loss": loss, "gradients": grads}
+
+    def _lifted(self, cut: Cut) -> tuple[Loop, float]:
+        """The loop that `objective.chunks` takes, and the bytes it holds."""
+        c = self.config
+        parts = cut.vocabulary if c.vocab_size % cut.vocabulary == 0 else 1
+        held = partial(lift_bytes, tokens=int(self.longest * parts / cut.tensor), vocab=c.vocab_size,
+                       width=c.hidden_size, itemsize=self.item, trainable=self.provider.trainable, parts=parts,
+                       shards=cut.parts(c))
+        less = held(loop="vocabulary") < held(loop="tokens") > BUDGET
+        way: Loop = cut.loop if cut.loop != "auto" else "vocabulary" if less else "tokens"
+        return way, float(held(loop=way, copies=2 if cut.platform == "tpu" else 1))
 
     def in_layer(self, cut: Cut) -> dict[str, float]:
         """While the backward pass of a layer runs; of a frozen model, its forward pass."""
@@ -162,14 +156,29 @@ class _Model:
         if not self.provider.trainable:
             return {"activations": self.longest * self.item * (4 * w.d + 2 * w.q + 2 * w.k + 3 * w.f)}
         policy = policy_of(self.provider.remat)
-        working = self.item * self.longest * (policy.working(w) + self._scores(cut))
+        working = self.item * self.longest * (
+            (policy.working(w) if self.config.moe is None else policy.working(replace(w, f=0.0)) + self._copies(cut))
+            + self._scores(cut))
         layer = w.d * (2 * w.q + 2 * w.k + 3 * w.f)
         grads = 4 * self.trained * (2 if cut.micro_batches > 1 else 1)
         if cut.parts(self.config) > 1:  # the layer put together, and its gradient before it is cut
             grads += 2 * self.item * layer
+            kernels = self.config.num_layers / cut.parts(self.config)
             if cut.platform != "tpu":  # kernels whose cut dimension is not the first are turned round once for sending
-                grads += 4 * self.config.num_layers * w.d * (w.q + 2 * w.k + 2 * w.f) / cut.parts(self.config)
+                grads += 4 * kernels * w.d * (w.q + 2 * w.k + 2 * w.f)
+            else:  # all kernels cast before each loop; products beside a gather hold what both read and write
+                grads += 2 * self.item * kernels * layer + 4 * self.item * layer
+                working += 4 * self.item * self.longest * w.f
         return {"activations": self._kept(cut) + working, "gradients": grads}
+
+    def _copies(self, cut: Cut) -> float:
+        """A mixture's copies of a token for its experts, those of all rows of the expert axis, in numbers a token.
+        But on TPUs XLA makes each again for every expert of the device, masked, three or four times at once: it has no
+        grouped product for `ragged_dot`."""
+        moe = self.config.moe
+        assert moe is not None
+        masked = 0.0 if cut.platform == "tpu" else moe.experts / cut.expert
+        return cut.expert * moe.top_k * (3.6 * masked + 5) * self.config.hidden_size
 
     def _scores(self, cut: Cut) -> float:
         """Short rows are attended to all at once: their scores, in numbers a token."""
@@ -179,14 +188,7 @@ class _Model:
     def _kept(self, cut: Cut) -> float:
         if not self.provider.trainable:
             return 0.0
-        w, policy = Widths.of(self.config, cut.tensor), policy_of(self.provider.remat)
         scores = self._scores(cut) if self.provider.remat == "none" else 0.0
-        return self.config.num_layers * self.tokens * (self.item * (policy.kept(w) + scores) + 4 * policy.wide(w))
+        kept = policy_of(self.provider.remat).bytes(self.config, self.item, cut.tensor)
+        return self.tokens * (kept + self.config.num_layers * self.item * scores)
 
-
-def policy_of(name: str) -> Kept:
-    """Raises ValueError for a remat policy that has no formula."""
-    if name not in REMAT:
-        raise ValueError(f"no memory formula for remat {name!r}; add one to jobs.memory.REMAT, known: "
-                         f"{', '.join(REMAT)}")
-    return REMAT[name]

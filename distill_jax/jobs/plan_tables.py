@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from distill_jax.jobs.changes import known_policies
 from distill_jax.jobs.compiled import Compiled, compile_step
 from distill_jax.jobs.hardware import Device, Target
 from distill_jax.jobs.plan import StagePlan, fits, model_config, plan_stage, si
+from distill_jax.models.remat import REMAT
 from distill_jax.recipe import Recipe, Stage
 from distill_jax.recipe_file import override
 
@@ -18,7 +18,7 @@ def stage_of(recipe: Recipe, name: str) -> Stage:
 def remat_rows(recipe: Recipe, name: str, device: Device, devices: int) -> list[tuple[str, StagePlan]]:
     """(policy, plan of the stage with it for all its trained models), from most memory to most recomputation."""
     rows = []
-    for policy in known_policies():
+    for policy in REMAT:
         changed = recipe
         for provider, p in stage_of(recipe, name).models.items():
             if p.trainable:

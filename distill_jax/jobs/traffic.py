@@ -1,15 +1,17 @@
 """How long a step takes, modelled: FLOPs at an assumed share of the peak, and what a layout sends over the links.
 
-Assumed: ring algorithms at the full published bandwidth of a link, which `Device` says; gathers and reductions of
+Assumed: ring algorithms at the published bandwidth of the links, which `Device` says; gathers and reductions of
 parameters run beside the computation, what tensor and context parallelism send does not. Bytes are of one device.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
-from distill_jax.jobs.hardware import Device
-from distill_jax.jobs.memory import Cut, policy_of
+from distill_jax.jobs.hardware import Device, within_slice
+from distill_jax.jobs.memory import Cut
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.quantized import MATMULS, Format
+from distill_jax.models.remat import policy_of
 from distill_jax.recipe import Stage, Student
 
 INNER = ("tensor", "context", "expert", "fsdp", "data")
@@ -73,8 +75,10 @@ def step_bytes(c: ModelConfig, *, trainable: bool, sizes: Mapping[str, int], run
 
 
 def bandwidth(device: Device, sizes: Mapping[str, int], axis: str) -> float:
-    """bytes/s a device sends along a mesh axis: the link while the axis stays within a host, else the network. On a
-    torus an axis of many devices uses all links."""
+    """bytes/s a device sends along a mesh axis: the link while the axis stays within a host, else the network; in a
+    TPU slice the links along what it spans of the torus."""
+    if device.axes:
+        return within_slice(device, math.prod(sizes.values()), sizes[axis])
     inside = 1
     for name in INNER:
         inside *= sizes[name]

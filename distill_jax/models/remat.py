@@ -1,8 +1,8 @@
-"""What the backward pass keeps of a layer: named policies, each with the bytes a token costs under it.
+"""What the backward pass keeps of a layer: named policies, each with the memory and the time it costs.
 
-`Student.remat` and `Transformer.remat` take the names; `plan` prints the table. Values are named where they are made:
-"product" (with a kernel of the layer, in the compute dtype), "qkv" (rotated queries and keys, values) and "attention"
-(its output, and a kernel's row statistics).
+`Student.remat` and `Transformer.remat` take the names; `plan` computes with the formulas and prints the table. Values
+are named where they are made: "product" (with a kernel of the layer, in the compute dtype), "qkv" (rotated queries and
+keys, values) and "attention" (its output, and a kernel's row statistics).
 """
 
 from collections.abc import Callable
@@ -17,45 +17,63 @@ PRODUCT, QKV, ATTENTION = "product", "qkv", "attention"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Sizes of one layer on one device: tensor parallelism cuts what belongs to heads and the MLP's inner dimension.
+    d: hidden size; q, k: of all query and of all key heads; f: inner size of the MLP. A mixture has the inner sizes of
+    all experts of a token, and its copies for them."""
+
+    d: float
+    q: float
+    k: float
+    f: float
+
+    @classmethod
+    def of(cls, c: ModelConfig, tensor: int = 1) -> "Widths":
+        return cls(d=c.hidden_size, q=c.num_heads * c.head_dim / tensor,
+                   f=(c.inner_size + (2 * c.moe.top_k * c.hidden_size / 3 if c.moe else 0)) / tensor,
+                   k=c.num_kv_heads * c.head_dim / (tensor if c.num_kv_heads % tensor == 0 else 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
-    """keeps: in words. save: what `jax.checkpoint` takes; None: nothing is recomputed. width: numbers a token keeps of
-    one layer, its input included."""
+    """keeps: in words. save: what `jax.checkpoint` takes; None: nothing is recomputed. The rest are numbers a token:
+    kept: of each layer until its backward pass, its input included; wide: of those, in float32 whatever the compute
+    dtype; working: of the one layer whose backward pass runs. again: share of the forward pass that runs a second time.
+    """
 
     keeps: str
     save: Any
-    width: Callable[[ModelConfig], int]
+    kept: Callable[[Widths], float]
+    working: Callable[[Widths], float]
+    wide: Callable[[Widths], float] = lambda w: 0.0
+    again: float = 0.0
 
-    def kept(self, config: ModelConfig, itemsize: int) -> int:
-        """Bytes a token keeps for the backward pass in all layers, computing in `itemsize` bytes a number."""
-        return itemsize * config.num_layers * self.width(config)
-
-
-def _heads(c: ModelConfig) -> tuple[int, int]:
-    return c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-
-def _all(c: ModelConfig) -> int:
-    q, kv = _heads(c)
-    return 6 * c.hidden_size + 2 * q + 2 * kv + 3 * c.inner_size
-
-
-def _dots(c: ModelConfig) -> int:
-    q, kv = _heads(c)
-    return 2 * c.hidden_size + q + 2 * kv + 2 * c.inner_size
-
-
-def _attention(c: ModelConfig) -> int:
-    q, kv = _heads(c)
-    return c.hidden_size + 2 * q + 2 * kv
+    def bytes(self, config: ModelConfig, itemsize: int, tensor: int = 1) -> float:
+        """What a token keeps for the backward pass in all layers, computing in `itemsize` bytes a number."""
+        w = Widths.of(config, tensor)
+        return config.num_layers * (itemsize * self.kept(w) + 4 * self.wide(w))
 
 
 REMAT: dict[str, Policy] = {
-    "none": Policy(keeps="everything", save=None, width=_all),
-    "dots": Policy(keeps="results of the matrix products", width=_dots,
-                   save=jax.checkpoint_policies.save_only_these_names(PRODUCT)),
+    "none": Policy(keeps="everything: six inner widths (gate, up, the activation's parts and products), the norms' "
+                         "float32 parts", save=None,
+                   kept=lambda w: 6 * w.f + 3 * w.d + 2 * w.q + 2 * w.k, wide=lambda w: 6 * w.d,
+                   working=lambda w: 5 * w.f + 12 * w.d),
+    "dots": Policy(keeps="results of the matrix products",
+                   save=jax.checkpoint_policies.save_only_these_names(PRODUCT),
+                   kept=lambda w: 2 * w.f + 2 * w.d + w.q + 2 * w.k, working=lambda w: 2 * w.f + 11 * w.d, again=0.1),
     "qkv_attention": Policy(keeps="queries, keys, values and the output of attention: it never runs twice",
-                            width=_attention, save=jax.checkpoint_policies.save_only_these_names(QKV, ATTENTION)),
+                            save=jax.checkpoint_policies.save_only_these_names(QKV, ATTENTION),
+                            kept=lambda w: w.d + 2 * w.q + 2 * w.k, working=lambda w: 4 * w.f + 10 * w.d, again=0.85),
     "full": Policy(keeps="the layer's input", save=jax.checkpoint_policies.nothing_saveable,
-                   width=lambda c: c.hidden_size),
+                   kept=lambda w: w.d, working=lambda w: 4 * w.f + 10 * w.d, again=1.0),
 }
-"""From most memory and least recomputation to the opposite."""
+"""From most memory and least recomputation to the opposite. Formulas: what XLA was seen to keep (`benchmarks.planner`).
+"""
+
+
+def policy_of(name: str) -> Policy:
+    """Raises ValueError for an unknown name."""
+    if name not in REMAT:
+        raise ValueError(f"remat {name!r} is unknown; known: {', '.join(REMAT)}")
+    return REMAT[name]

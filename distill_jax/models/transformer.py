@@ -28,7 +28,7 @@ from distill_jax.models.layers import Layer, RMSNorm, Shared, State
 from distill_jax.models.moe import Routing
 from distill_jax.models.parallel import context_parts, lookup, straightened, zigzag
 from distill_jax.models.quantized import check_matmul
-from distill_jax.models.remat import REMAT
+from distill_jax.models.remat import policy_of
 from distill_jax.models.scores import Layout, segment_starts, wide
 from distill_jax.sharding import DEFAULT_RULES, Rules, constrain, param_shardings
 
@@ -105,8 +105,7 @@ class Transformer(nn.Module):
     matmul: str = "full"
 
     def setup(self) -> None:
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is unknown; known: {', '.join(REMAT)}")
+        policy_of(self.remat)  # or it raises
         check_matmul(self.matmul, self.config)
         c = self.config
         self.embed = Embed(c, self.dtype)

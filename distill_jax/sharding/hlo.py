@@ -1,5 +1,6 @@
 """A compiled program's HLO text: what it sends between devices, and where in the source its instructions come from."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -13,10 +14,14 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, 
 
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _HEAD = re.compile(r"^\s*(?:ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$")
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*(//.*)?$')  # a kernel's metadata has lines that begin so too
 _OP = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = (.+?) ([a-z\-]+)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_CONSTANT = re.compile(r"^\s*%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ADD = re.compile(r"^\s*%?([\w.\-]+) = [su]32\[\]\S* add\(%?[\w.\-]+, %?([\w.\-]+)\)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
@@ -83,16 +88,27 @@ def collectives(text: str) -> list[Collective]:
     """All collectives of `compiled.as_text()` that run between several devices, with the loops they stand in."""
     computations = dict(_computations(text))
     loops = _loops(computations)
-    out = []
+    out, chains = [], set()
     for name, lines in computations.items():
         for line in lines:
             if not (op := _OP.match(line)):
                 continue
             kind = op[3].removesuffix("-start")
             if kind in KINDS and (group := _group(kind, line)) > 1:
+                if chain := _CHAIN.search(line):  # TPU: its start, its steps beside products, its end: sent once
+                    if (key := (chain[1], op[2], *re.findall(r"channel_id=\d+", line))) in chains:
+                        continue
+                    chains.add(key)
+                read = _scattered if name.startswith("all-reduce-scatter") else _read
                 for around in loops.get(name, []):
-                    out.append(_read(op, kind, group, around, line))
+                    out.append(read(op, kind, group, around, line))
     return out
+
+
+def _scattered(op: re.Match[str], kind: str, group: int, around: tuple[int | None, ...], line: str) -> Collective:
+    """TPU: a fusion `all-reduce-scatter` is an all-reduce and a cut to the eye, and runs as a reduce-scatter."""
+    whole = _read(op, kind, group, around, line)
+    return dataclasses.replace(whole, kind="reduce-scatter") if kind == "all-reduce" else whole
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -100,7 +116,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if head := _HEAD.match(line):
             name, lines = ("ENTRY" if line.startswith("ENTRY") else head[1]), []
-        elif line.startswith("}") and name:
+        elif name and _END.match(line):
             yield name, lines
             name = ""
         elif name:
@@ -136,8 +152,19 @@ def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
     text = "\n".join(computations.get(condition[1], [])) if condition else ""
     for callee in _CALLED.findall(text):
         text += "\n" + "\n".join(computations.get(callee, []))
-    limits = set(re.findall(r"s32\[\]\S* constant\((\d+)\)", text))
-    return int(limits.pop()) if len(limits) == 1 else None
+    limits = set(re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text))
+    body = re.search(r"body=%?([\w.\-]+)", line)
+    return -(-int(limits.pop()) // _step(computations.get(body[1], []) if body else [])) if len(limits) == 1 else None
+
+
+def _step(body: list[str]) -> int:
+    """What is added to a loop's counter in a turn (TPU: products in parts take two at a time); 1 where it is not seen.
+    """
+    constants = {m[1]: int(m[2]) for line in body if (m := _CONSTANT.match(line))}
+    out = next((set(re.findall(r"%([\w.\-]+)", line.split(" tuple(")[-1])) for line in body
+                if line.lstrip().startswith("ROOT") and " tuple(" in line), set())
+    steps = {constants[m[2]] for line in body if (m := _ADD.match(line)) and m[1] in out and m[2] in constants}
+    return steps.pop() if len(steps) == 1 and 0 not in steps else 1
 
 
 def _group(kind: str, line: str) -> int:

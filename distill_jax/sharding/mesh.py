@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -45,7 +46,18 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     types = (AxisType.Auto,) * len(AXES)
     if devices is not None:  # an explicit list keeps its order
         return Mesh(np.asarray(pool, dtype=object).reshape(shape), AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types)
+    return placed(shape)
+
+
+def placed(shape: Sequence[int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these sizes whose neighbours are neighbours on the machine; where the sides of a TPU slice do not
+    multiply to an axis, it takes a part of one."""
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(shape), AXES, types, devices=devices)
+    except NotImplementedError:
+        grid = mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def batch_spec() -> PartitionSpec:

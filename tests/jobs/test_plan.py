@@ -15,7 +15,7 @@ from distill_jax.cli.main import build_app
 from distill_jax.core.roles import ANSWER
 from distill_jax.data.source_specs import Store
 from distill_jax.jobs.changes import refuse
-from distill_jax.jobs.hardware import DEVICES, parse
+from distill_jax.jobs.hardware import DEVICES, parse, within_slice
 from distill_jax.jobs.plan import fits, plan_recipe
 from distill_jax.jobs.traffic import INNER, step_bytes
 from distill_jax.losses.rows.divergences import forward_kl
@@ -79,6 +79,8 @@ def test_command(tmp_path, monkeypatch):
     done = run("--on", "rtx4090", "--json")
     assert done.exit_code == 0 and json.loads(done.output)[0]["params"] == {"student": PARAMS}
     assert "fits" in run("--on", "h200:1").output
+    done = run("--on", "cpu:4", "--compile")
+    assert done.exit_code == 0 and "compiled for cpu:4, not run" in done.output and "sent a step" in done.output
     monkeypatch.setitem(DEVICES, "cpu", replace(DEVICES["cpu"], memory=1e3))
     failed = run()
     assert failed.exit_code != 0 and "does not fit cpu" in str(failed.exception)
@@ -124,6 +126,12 @@ def test_time_waits_for_the_slower_of_computation_and_links():
     assert one.waiting < 0.05 < slow.waiting and slow.seconds > one.seconds
     assert one.money(2.0) == pytest.approx(2.0 * 8 * one.seconds / 3600)
     assert one.tokens_per_second == pytest.approx(32 * 4096 * one.steps / one.seconds)
+
+
+def test_a_group_within_a_slice_uses_the_links_of_the_axes_it_spans():
+    v5p = DEVICES["v5p"]
+    want = {(64, 64): 1, (64, 16): 2 / 3, (64, 4): 1 / 3, (1024, 64): 2 / 3, (1024, 16): 1 / 3}
+    assert {k: within_slice(v5p, *k) / v5p.link for k in want} == pytest.approx(want)
 
 
 def test_bench_knows_its_benchmarks():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_jax.jobs.compiled import FLAGS
 from tests.launch.slurm import slurm, tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,11 @@ def test_the_installed_compiler_knows_every_gpu_flag():
     flags = sh("bash", "-c", ". launch/env.sh; distill_jax_flags h100").stdout.strip()
     assert flags.count("--xla") >= 5 and accepted(flags)
     assert not accepted("--xla_gpu_no_such_flag=true"), "an unknown flag ends the process: so the line above can fail"
+
+
+def test_plan_compiles_with_the_flags_of_a_launch():
+    flags = sh("bash", "-c", ". launch/env.sh; distill_jax_flags v5p").stdout.split()
+    assert flags == [f"--{name}=true" for name in FLAGS["tpu"]]
 
 
 def test_what_the_caller_set_is_kept():

@@ -37,9 +37,9 @@ def test_gradients_are_equal(steps):
 
 
 def test_memory_falls_from_policy_to_policy(steps):
-    """Temporaries of the compiled gradient: in the order of the table, and the ends differ by what `kept` says."""
+    """Temporaries of the compiled gradient: in the order of the table, and the ends differ by what `bytes` says."""
     temp = {name: step.memory_analysis().temp_size_in_bytes for name, (step, _) in steps.items()}
-    kept = {name: 2 * TOKENS * policy.kept(CONFIG, 4) for name, policy in REMAT.items()}
+    kept = {name: 2 * TOKENS * policy.bytes(CONFIG, 4) for name, policy in REMAT.items()}
     assert sorted(temp, key=temp.__getitem__, reverse=True) == list(REMAT), temp
     assert sorted(kept, key=kept.__getitem__, reverse=True) == list(REMAT), kept
     assert temp["dots"] - temp["full"] == pytest.approx(kept["dots"] - kept["full"], rel=0.25), (temp, kept)
@@ -47,9 +47,9 @@ def test_memory_falls_from_policy_to_policy(steps):
 
 def test_bytes_by_hand():
     """D 32, q 32, kv 16, F 96, six layers, bf16."""
-    assert REMAT["full"].kept(CONFIG, 2) == 2 * 6 * 32
-    assert REMAT["qkv_attention"].kept(CONFIG, 2) == 2 * 6 * (32 + 64 + 32)
-    assert REMAT["dots"].kept(CONFIG, 2) == 2 * 6 * (64 + 32 + 32 + 192)
+    assert REMAT["full"].bytes(CONFIG, 2) == 2 * 6 * 32
+    assert REMAT["qkv_attention"].bytes(CONFIG, 2) == 2 * 6 * (32 + 64 + 32)
+    assert REMAT["dots"].bytes(CONFIG, 2) == 2 * 6 * (64 + 32 + 32 + 192)
 
 
 def test_unknown_name():

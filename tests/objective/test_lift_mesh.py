@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from distill_jax.core.platform import compiling_for
 from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.losses.rows.divergences import forward_kl
 from distill_jax.objective.chunks import RowTerm
@@ -58,6 +59,18 @@ def test_mesh_equals_one_device(shape, names):
     want = step(None)(*case)
     mesh = mesh_of(shape, names)
     got = step(mesh)(*place(mesh, case))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(b) > 0 and rel(a, b) < 1e-6
+
+
+def test_as_it_is_compiled_for_tpus():
+    """The head's gradient is moved before it is scattered: the parts of its width lie apart in memory."""
+    case, mesh = make(b=8), mesh_of((2, 4), ("data", "fsdp"))
+    want = step(None)(*case)
+    with compiling_for("tpu"):
+        traced = step(mesh).lower(*place(mesh, case))
+    assert f"tensor<4x{V}x{D // 4}xf32>" in traced.as_text(), "parts of the width first"
+    got = traced.compile()(*place(mesh, case))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.linalg.norm(b) > 0 and rel(a, b) < 1e-6
 

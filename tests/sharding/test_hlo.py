@@ -147,6 +147,55 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
+TPU = """HloModule m
+
+%all-reduce-scatter.1 (a: bf16[16,8]) -> bf16[4,8] {
+  %r = bf16[16,8]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %cut = bf16[4,8]{1,0} dynamic-slice(%r, %at, %zero), dynamic_slice_sizes={4,8}
+}
+
+%called.2 (b: f32[16,8]) -> f32[4,8] {
+  ROOT %offloaded = f32[4,8]{1,0} reduce-scatter(%b), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
+}, execution_thread="sparsecore"
+
+%fused.3 (c: bf16[4,8]) -> bf16[16,8] {
+  ROOT %start = bf16[16,8]{1,0} all-gather(%c), channel_id=5, replica_groups={{0,1,2,3}}, x={chain_id="7"}
+}
+
+%async_collective_fusion.4 (c: bf16[4,8]) -> bf16[16,8] {
+  ROOT %step = bf16[16,8]{1,0} all-gather(%c), channel_id=5, replica_groups={{0,1,2,3}}, x={chain_id="7"}
+}
+
+ENTRY %main (a: bf16[16,8]) -> bf16[4,8] {
+  %splash = bf16[16,8]{1,0} custom-call(%a), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="attention"}
+  %fusion = bf16[4,8]{1,0} fusion(%splash), kind=kCustom, calls=%all-reduce-scatter.1
+  %c = ((f32[16,8], token[]), f32[4,8]) call-start(%x), async_execution_thread="sparsecore", to_apply=%called.2
+  %s = bf16[16,8]{1,0} fusion(%fusion), kind=kCustom, calls=%fused.3
+  %t = bf16[16,8]{1,0} fusion(%s), kind=kCustom, calls=%async_collective_fusion.4
+  ROOT %g = bf16[16,8]{1,0} all-gather(%fusion), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_reading_the_text_of_tpus():
+    """A kernel's metadata has lines that look like an end; a reduce-scatter is a fusion with an all-reduce in it, or
+    runs on the SparseCores; a gather beside products is written once for its start and once for each step."""
+    found = {c.name: (c.kind, c.bytes, c.group, c.sent) for c in collectives(TPU)}
+    assert found == {"r": ("reduce-scatter", 256, 4, 0.75 * 256), "offloaded": ("reduce-scatter", 512, 4, 0.75 * 512),
+                     "start": ("all-gather", 256, 4, 0.75 * 256), "g": ("all-gather", 256, 4, 0.75 * 256)}
+
+
+def test_turns_of_a_loop_that_counts_by_two():
+    counted = PROGRAM.replace("s32[] constant(5)", "u32[] constant(8)")
+    text = counted.replace("  ROOT %t = (s32[], f32[8]) tuple(%i, %z)", """
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  ROOT %t = (u32[], f32[8]) tuple(%next, %z)""")
+    assert {c.loops for c in collectives(text) if c.name in ("g", "r")} == {(4,)}
+
+
 def test_reading_hlo_by_hand():
     found = {c.name: (c.kind, c.bytes, c.group, c.loops, c.sent) for c in collectives(PROGRAM)}
     assert found == {

@@ -86,3 +86,14 @@ def test_constrain_leaves_mapped_axes_alone():
     x = jnp.arange(8.0 * 2 * 2).reshape(8, 2, 2)
     with jax.set_mesh(mesh):
         assert (jax.jit(body)(x) == 2 * x).all()
+
+
+def test_an_axis_that_takes_a_part_of_a_torus_side(monkeypatch):
+    """fsdp 16 on 4x8x8: `jax.make_mesh` refuses, the devices are split."""
+    def refuse(*args, **kwargs):
+        raise NotImplementedError("no assignment")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = make_mesh(data=2, fsdp=4)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
