@@ -20,6 +20,7 @@ from distill_jax.traces.world.thoughts import (
     Recheck,
     Seek,
     Suppose,
+    Testing,
     Thought,
     Work,
 )
@@ -81,9 +82,12 @@ def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought) -> st
         case Suppose(roles):
             assert isinstance(q, Knights)
             return "suppose " + _roles(q, roles)
-        case Examine(speaker, true, fits):
+        case Examine(speaker, true, fits, roles):
             assert isinstance(q, Knights)
-            return f"{_person(q, speaker)} says {'true' if true else 'false'} {'ok' if fits else 'no'}"
+            said = f"{_held(q, q.says[speaker], roles)} " if roles else ""
+            return f"{_person(q, speaker)} says {said}{'true' if true else 'false'} {'ok' if fits else 'no'}"
+        case Testing(again):
+            return "check" if again else "seek"
         case Work(op, c, slip):
             bottom_and_carry = f"{c.top} {op} {c.bottom} carry {0 if slip else c.carry} write"
             return f"{bottom_and_carry} no" if slip else f"{bottom_and_carry} {c.digit} carry {c.carry_out}"
@@ -126,6 +130,18 @@ def _statement(q: Knights, s: Statement) -> str:
     if s.form in ("same", "differ"):
         return f"{a} {s.form} {b}"
     return f"{a} {_role(s.role_a)} {s.form} {b} {_role(s.role_b)}"
+
+
+def _held(q: Knights, s: Statement, roles: tuple[bool, ...]) -> str:
+    """A statement held against supposed roles, part by part: `carl knave no or bob knight yes`, `carl knight same bob
+    knave`."""
+    a, b = _person(q, s.a), _person(q, s.b) if s.b >= 0 else ""
+    if s.form in ("same", "differ"):
+        return f"{a} {_role(roles[s.a])} {s.form} {b} {_role(roles[s.b])}"
+    part = lambda i, said: f"{_role(said)} {'yes' if roles[i] == said else 'no'}"
+    if s.form == "is":
+        return f"{a} is {part(s.a, s.role_a)}"
+    return f"{a} {part(s.a, s.role_a)} {s.form} {b} {part(s.b, s.role_b)}"
 
 
 def _spaced(n: int) -> str:
