@@ -158,7 +158,7 @@ def table(value: Mapping[str, Any]) -> str:
     lines = ["# Length rewards on Knights and Knaves", ""]
     if done < wanted:
         lines += [f"**Partial: {done} of {wanted} cells.**", ""]
-    lines += [f"{grpo_kk.PEOPLE} people, {size['lesson'] + size['warmup']} updates of warm-up on extended traces, then "
+    lines += [f"{grpo_kk.PEOPLE} people, {size['lesson'] + size['warmup']} updates of warm-up on varied traces, then "
               f"{size['steps']} updates on {grpo_kk.QUESTIONS} questions; greedy answers to {size['asked']} held-out "
               f"puzzles. {value['machine']}; {value['date']}.", "",
               f"| method | seeds | accuracy, % | minus {BASELINE} | thinking tokens | against {BASELINE} | minutes |",

@@ -29,9 +29,9 @@ from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.train.optim import AdamW
 
 PEOPLE, QUESTIONS = 3, 100
-LONGEST, WRITTEN = 256, 224
+LONGEST, WRITTEN = 288, 256
 """Tokens of a row, and most tokens of an answer; the few traces that are longer are left out of the warm-up."""
-LESSON, WARMUP, ROWS = 400, 1600, 12
+LESSON, WARMUP, ROWS = 300, 1300, 10
 """Updates on puzzles of two people, all careful, then on those of `PEOPLE`; a row holds about three puzzles."""
 PROMPTS, N, STEPS = 25, 8, 20
 
