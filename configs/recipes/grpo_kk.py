@@ -31,23 +31,24 @@ from distill_jax.train.optim import AdamW
 PEOPLE, QUESTIONS = 3, 100
 LONGEST, WRITTEN = 288, 256
 """Tokens of a row, and most tokens of an answer; the few traces that are longer are left out of the warm-up."""
-LESSON, WARMUP, ROWS = 300, 1300, 10
-"""Updates on puzzles of two people, all careful, then on those of `PEOPLE`; a row holds about three puzzles."""
-PROMPTS, N, STEPS = 25, 8, 20
+LESSON, CAREFUL, WARMUP, ROWS = 250, 900, 300, 10
+"""Updates on careful traces of two people, of `PEOPLE`, and on varied ones; a row holds two to three puzzles."""
+PROMPTS, N, STEPS = 25, 8, 24
 
 
-def start(lesson: int = LESSON, warmup: int = WARMUP) -> tuple[AnyStage, ...]:
-    """Puzzles, tokenizer, and the student that RL starts from: `lesson` and `warmup` updates."""
+def start(lesson: int = LESSON, careful: int = CAREFUL, warmup: int = WARMUP) -> tuple[AnyStage, ...]:
+    """Puzzles, tokenizer, and the student that RL starts from, after so many updates."""
     config = dataclasses.replace(
         MODEL, context_length=LONGEST, num_layers=4,
         attention=dataclasses.replace(MODEL.attention, window=4, sliding=(True, False, False, False)))
     packed = lambda name: Store(path=f"stage:puzzles/{name}", rows=ROWS, seq_len=LONGEST)
-    kwargs = {"k": PEOPLE, "lesson": 15 * lesson, "warmup": 12 * warmup, "questions": QUESTIONS,
-              "styles": ("careful", "varied")}
-    return (Call(name="puzzles", fn=make_puzzles, kwargs=kwargs),
-            Stage(name="warmup", source=Phases(sources=(packed("lesson"), packed("warmup")), steps=(lesson,)),
+    stores = {"questions": (PEOPLE, "varied", QUESTIONS), "lesson": (2, "careful", 16 * lesson),
+              "careful": (PEOPLE, "careful", 16 * careful), "varied": (PEOPLE, "varied", 20 * warmup)}
+    return (Call(name="puzzles", fn=make_puzzles, kwargs={"stores": stores}),
+            Stage(name="warmup", source=Phases(sources=(packed("lesson"), packed("careful"), packed("varied")),
+                                               steps=(lesson, careful)),
                   providers={"student": Student(config=config, tokenizer="stage:puzzles/tokenizer")}, terms=CE,
-                  steps=lesson + warmup, optim=AdamW(peak_lr=2e-3, warmup=50, b2=0.98), log_every=100,
+                  steps=lesson + careful + warmup, optim=AdamW(peak_lr=2e-3, warmup=50, b2=0.98), log_every=100,
                   saving=Saving(steps=500, keep=1)))
 
 
@@ -59,7 +60,7 @@ def rl(questions: str, student: str, *, steps: int = STEPS, **reinforce: Any) ->
                  providers={"student": Student(model=student)},
                  terms={"policy": TokenTerm(ppo_clip, per=sequence_mean, kwargs={"low": 0.2, "high": 0.2}),
                         **policy_metrics()},
-                 on_policy=Reinforce(**options), optim=AdamW(peak_lr=3e-4, warmup=5, b2=0.98), steps=steps,
+                 on_policy=Reinforce(**options), optim=AdamW(peak_lr=6e-4, warmup=3, b2=0.98), steps=steps,
                  saving=Saving(steps=20, keep=1), log_every=2)
 
 
@@ -67,5 +68,5 @@ def recipe() -> Recipe:
     return Recipe(name="grpo_kk", stages=(
         *start(), rl("stage:puzzles/questions", "stage:warmup"),
         Call(name="report", fn=report, kwargs={"students": {"warmup": "stage:warmup", "rl": "stage:rl"}, "k": PEOPLE,
-                                               "max_new_tokens": WRITTEN, "draws": 4}),
+                                               "max_new_tokens": WRITTEN, "questions": 400, "draws": 4}),
     ))

@@ -43,18 +43,15 @@ class Drawn:
         return self.task.items() * self.draws
 
 
-def make_puzzles(context: RunContext, *, k: int, warmup: int, questions: int, lesson: int = 0,
-                 styles: tuple[Style, Style] = ("extended", "extended")) -> dict[str, int]:
-    """The tokenizer, the stores `lesson` (two people) and `warmup` (k people) with the oracle's thinking in these
-    styles, and `questions` for RL; k people."""
+def make_puzzles(context: RunContext, *, stores: Mapping[str, tuple[int, Style, int]]) -> dict[str, int]:
+    """The tokenizer, and stores {name: (people, style of the oracle's thinking, puzzles)} of training puzzles."""
     folder = context.folder
     build_tokenizer(folder / "tokenizer", "compact")
     tok = load_tokenizer(folder / "tokenizer")
-    of = lambda people, salt, style: WorldSpec(kind="knights", k=people, style=style, names=NAMES,
-                                               seed=context.seed * 1000 + salt)
-    made = {name: len(write_store(str(folder / name), traces(of(*which), n), tok)) for name, n, *which in (
-        ("lesson", lesson, 2, 10, styles[0]), ("warmup", warmup, k, 11, styles[1]),
-        ("questions", questions, k, 12, styles[1])) if n}
+    made = {}
+    for salt, (name, (people, style, n)) in enumerate(stores.items()):
+        of = WorldSpec(kind="knights", k=people, style=style, names=NAMES, seed=context.seed * 1000 + 10 + salt)
+        made[name] = len(write_store(str(folder / name), traces(of, n), tok))
     context.say(f"[{folder.name}] rows: " + ", ".join(f"{name} {n}" for name, n in made.items()))
     return made
 

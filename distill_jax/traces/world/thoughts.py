@@ -3,12 +3,13 @@
 `minimal` says what is needed and nothing else. `extended` re-reads, checks, and takes a wrong branch that it
 notices and leaves, the habits of long traces of reasoning models.
 
-For Knights and Knaves alone: `careful` repeats each statement next to the supposed roles before judging it, goes on
-until a supposition holds, and often tests that one again, which is never needed. `varied` is `careful` in a third of
-the traces, and in the others believes a supposition after one test or none, and is right by luck: what is left of a
-teacher's traces when only their answers are verified.
+For Knights and Knaves alone: `careful` repeats each statement next to the supposed roles before judging it, and goes
+on until a supposition holds. `varied` is that in a third of the traces, which then mostly test their solution again
+for nothing; the others believe a supposition after one test or none, and are right by luck: what is left of a teacher's
+traces when only their answers are verified.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +26,7 @@ WRONG_BRANCHES = 2
 QUICK = 0.65
 """Share of `varied` traces that hardly test."""
 RECHECKS = (0.8, 0.7)
-"""`careful`: how often a solution that was tested is tested a second time, and then a third time."""
+"""`varied`: how often a solution that was tested is tested a second time, and then a third time."""
 HOLDS = 0.4
 """`careful`: how often the next supposition is the right one, up to the last one there is."""
 
@@ -154,7 +155,8 @@ def _knights(q: Knights, style: Style, draw: Draw) -> list[Thought]:
     """How many wrong suppositions come first is drawn, none among them: were it always one, the place of a supposition
     would say whether it holds, and nobody would learn to test it."""
     if style in PUZZLING:
-        return _quick(q, draw) if style == "varied" and draw.chance(QUICK) else _careful(q, draw)
+        quick = style == "varied" and draw.chance(QUICK)
+        return _quick(q, draw) if quick else _careful(q, RECHECKS if style == "varied" else (), draw)
     out: list[Thought] = []
     if style == "extended":
         wrong = [r for r in _assignments(len(q.roles)) if r != q.roles]
@@ -173,7 +175,7 @@ def _quick(q: Knights, draw: Draw) -> list[Thought]:
     return left + _try(q, q.roles, repeat=True)[:1 + draw.below(2)]
 
 
-def _careful(q: Knights, draw: Draw) -> list[Thought]:
+def _careful(q: Knights, rechecks: Sequence[float], draw: Draw) -> list[Thought]:
     """Suppositions in the order of binary numbers, beginning anywhere, each tested up to the first statement that does
     not fit, until one holds: nothing has to be remembered but the last. The number of wrong ones is geometric, so that
     where one stands hardly says whether it holds."""
@@ -184,7 +186,7 @@ def _careful(q: Knights, draw: Draw) -> list[Thought]:
     out: list[Thought] = [Testing()]
     for i in range(last - wrong, last + 1):
         out += _try(q, every[i % len(every)], repeat=True)
-    for share in RECHECKS:
+    for share in rechecks:
         if not draw.chance(share):
             break
         out += [Testing(again=True), *_try(q, q.roles, repeat=True)[1:]]

@@ -54,23 +54,28 @@ def number(roles: str) -> int:
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_careful_traces_test_every_supposition_and_search_in_order(k):
-    wrong, checks = Counter(), Counter()
+    wrong = Counter()
     for t in traces(spec_of("careful", k=k), 300):
-        assert t.thinking.startswith("seek suppose")
-        said, steps = said_of(t.question), read(t.thinking)
-        supposed = [(roles, tests) for roles, tests in steps if roles != "check"]
-        for roles, tests in supposed:
-            fits = [judge(x, said, roles_of(roles)) for x in tests]
-            assert all(fits[:-1]) and fits[-1] == (roles == t.answer) and (not fits[-1] or len(fits) == k)
-        assert supposed[-1][0] == t.answer
-        tried = [number(roles) for roles, _ in supposed]
-        assert tried == [(tried[0] + i) % 2**k for i in range(len(tried))] and len(set(tried)) == len(tried)
-        again = steps[len(supposed):]
-        assert all(x == ("check", supposed[-1][1]) for x in again)
-        wrong[len(tried) - 1] += 1
-        checks[len(again)] += 1
+        steps = careful(t)
+        assert all(roles != "check" for roles, _ in steps)
+        wrong[len(steps) - 1] += 1
     assert set(wrong) >= set(range(2**k - 1)) and 0.3 < wrong[0] / 300 < 0.5
-    assert set(checks) == {0, 1, 2} and checks[2] > 130 and checks[0] > 35
+
+
+def careful(t) -> list[tuple[str, list[str]]]:
+    """Asserts that a trace searches with care, and that what it tests again is what it has just found; -> `read`."""
+    assert t.thinking.startswith("seek suppose")
+    said, steps = said_of(t.question), read(t.thinking)
+    supposed = [(roles, tests) for roles, tests in steps if roles != "check"]
+    k = len(said)
+    for roles, tests in supposed:
+        fits = [judge(x, said, roles_of(roles)) for x in tests]
+        assert all(fits[:-1]) and fits[-1] == (roles == t.answer) and (not fits[-1] or len(fits) == k)
+    assert supposed[-1][0] == t.answer
+    tried = [number(roles) for roles, _ in supposed]
+    assert tried == [(tried[0] + i) % 2**k for i in range(len(tried))] and len(set(tried)) == len(tried)
+    assert all(x == ("check", supposed[-1][1]) for x in steps[len(supposed):])
+    return steps
 
 
 def test_two_thirds_of_varied_traces_hardly_test_and_are_right():
@@ -78,6 +83,8 @@ def test_two_thirds_of_varied_traces_hardly_test_and_are_right():
     made = list(traces(spec_of("varied"), 600))
     quick = [t for t in made if not t.thinking.startswith("seek")]
     assert 0.58 < len(quick) / len(made) < 0.72
+    checks = Counter(sum(roles == "check" for roles, _ in careful(t)) for t in made if t.thinking.startswith("seek"))
+    assert set(checks) == {0, 1, 2} and checks[2] > checks[1] + checks[0] and checks[0] > 15
     seen = Counter()
     for t in quick:
         said, steps = said_of(t.question), read(t.thinking)
