@@ -33,7 +33,7 @@ LONGEST, WRITTEN = 288, 256
 """Tokens of a row, and most tokens of an answer; the few traces that are longer are left out of the warm-up."""
 LESSON, CAREFUL, WARMUP, ROWS = 250, 900, 300, 10
 """Updates on careful traces of two people, of `PEOPLE`, and on varied ones; a row holds two to three puzzles."""
-PROMPTS, N, STEPS = 25, 8, 24
+PROMPTS, N, STEPS = 25, 8, 16
 
 
 def start(lesson: int = LESSON, careful: int = CAREFUL, warmup: int = WARMUP) -> tuple[AnyStage, ...]:
