@@ -118,7 +118,7 @@ def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought, draw:
             return draw.pick(known).format(d=document + 1, f=_said(fact, draw))
         case Prefer(winner, loser):
             return _prefer(q, winner, loser, draw)
-        case Suppose(roles):
+        case Suppose(roles, _):
             assert isinstance(q, Knights)
             return draw.pick(phrases.SUPPOSE).format(r=_roles(q, roles))
         case Examine(speaker, true, fits, roles):

@@ -65,9 +65,11 @@ class Prefer:
 
 @dataclass(frozen=True)
 class Suppose:
-    """Suppose these roles (True: knight)."""
+    """Suppose these roles (True: knight). truths: said as who tells the truth, so that a role supposed cannot be taken
+    for one that somebody claims."""
 
     roles: tuple[bool, ...]
+    truths: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _assignments(n: int) -> list[tuple[bool, ...]]:
 
 def _try(q: Knights, roles: tuple[bool, ...], repeat: bool = False) -> list[Thought]:
     """Suppose roles and test the statements in order, up to the first that does not fit."""
-    out: list[Thought] = [Suppose(roles)]
+    out: list[Thought] = [Suppose(roles, truths=repeat)]
     for i, statement in enumerate(q.says):
         true = statement.holds(roles)
         out.append(Examine(i, true, true == roles[i], roles if repeat else None))

@@ -7,8 +7,6 @@ import pytest
 
 from distill_jax.traces.world.generate import WorldSpec, traces
 
-ROLES = ("knight", "knave")
-
 
 def spec_of(style: str, **changes) -> WorldSpec:
     return WorldSpec(**{"kind": "knights", "k": 3, "style": style, **changes})
@@ -18,8 +16,9 @@ def read(thinking: str) -> list[tuple[str, list[str]]]:
     """`suppose` or `check` with the roles or tests that follow it; tests are what stands before each ok / no."""
     out = []
     for mark, rest in re.findall(r"(suppose|check) (.*?)(?= suppose| check|$)", thinking):
-        roles = re.match(r"(?:\w+ kn\w+ ?)+", rest)[0] if mark == "suppose" else ""
-        out.append((roles.strip() or "check", re.findall(r"\w+ says .*? (?:true|false) (?:ok|no)", rest[len(roles):])))
+        roles = re.match(r"(?:\w+ (?:true|false) ?)+", rest)[0] if mark == "suppose" else ""
+        plain = roles.strip().replace("true", "knight").replace("false", "knave")
+        out.append((plain or "check", re.findall(r"\w+ says .*? (?:true|false) (?:ok|no)", rest[len(roles):])))
     return out
 
 
@@ -27,9 +26,10 @@ def judge(test: str, said: dict[str, str], roles: dict[str, str]) -> bool:
     """Holds a printed test against the printed question; -> whether it fits."""
     speaker, held, truth, verdict = re.fullmatch(r"(\w+) says (.*) (true|false) (ok|no)", test).groups()
     if re.search(r" (same|differ) ", held):
-        a, role_a, form, b, role_b = held.split()
-        assert said[speaker] == f"{a} {form} {b}" and (role_a, role_b) == (roles[a], roles[b])
-        holds = (role_a == role_b) == (form == "same")
+        a, truth_a, form, b, truth_b = held.split()
+        assert said[speaker] == f"{a} {form} {b}"
+        assert [truth_a == "true", truth_b == "true"] == [roles[x] == "knight" for x in (a, b)]
+        holds = (truth_a == truth_b) == (form == "same")
     else:
         assert said[speaker] == re.sub(r" (yes|no)\b", "", held)
         parts = re.findall(r"(\w+) (?:is )?(knight|knave) (yes|no)", held)
