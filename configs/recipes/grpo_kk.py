@@ -4,12 +4,13 @@ Paper: GRPO, Shao et al. 2024 (2402.03300); the order is that of Warm Up Before 
 puzzles that need no knowledge, then RL with verifiable rewards on at most 100 examples.
 Constants: n = 8 answers, z-scores with ddof 1, clip 0.2 and sequence means are GRPO's; no KL term, as in DAPO and later
 work. Guesses: everything about sizes, steps and learning rates; the reward is 1 for a right answer, person by person.
-The warm-up's traces (style `varied`) are made to think in several ways, all with right answers, as a real teacher's do
-when answers are all that is verified: 65% believe a supposition after one test or none and are lucky; 35% begin with
-`seek`, test every statement, search until a supposition holds, and mostly test it once or twice more for nothing. So
-the student starts with a good way that it seldom takes, and RL can choose it: what RL is known to do for large models
-(2503.01307). That it learns anything new from a hundred puzzles is not shown; with one way of thinking in the traces
-it learned those by heart (docs/LOG.md).
+The warm-up's traces are made, not found: first careful ones, which test every statement and search until a supposition
+holds; its last part (style `varied`) thinks in several ways, all with right answers, as a real teacher's traces do when
+answers are all that is verified: 65% believe a supposition after one test or none and are lucky; 35% begin with `seek`
+and are careful, and mostly test what they found once or twice more for nothing. So the student starts with a good way
+that it seldom takes, and RL can choose it: what RL is known to do for large models (2503.01307). That it learns
+anything new from a hundred puzzles is not shown; with one way of thinking in the traces it learned those by heart
+(docs/LOG.md).
 Expected: RL raises the accuracy on held-out puzzles of the same size (benchmarks/results/reinforcement.md).
 Hardware, time: two CPU cores, about a quarter of an hour.
 """
