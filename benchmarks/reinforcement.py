@@ -58,15 +58,16 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Updates of lesson, warm-up and a cell; held-out puzzles."""
+    """Updates of the warm-up's three parts and of a cell; held-out puzzles."""
 
     lesson: int = grpo_kk.LESSON
+    careful: int = grpo_kk.CAREFUL
     warmup: int = grpo_kk.WARMUP
     steps: int = grpo_kk.STEPS
     asked: int = 500
 
 
-SIZES = {"laptop": Size(), "smoke": Size(lesson=4, warmup=4, steps=2, asked=8)}
+SIZES = {"laptop": Size(), "smoke": Size(lesson=4, careful=4, warmup=4, steps=2, asked=8)}
 
 
 class Bench:
@@ -78,7 +79,7 @@ class Bench:
     def prepare(self) -> None:
         """Puzzles and the student that every cell starts from."""
         s = self.size
-        self._run(Recipe(name="start", runs=str(self.folder), stages=grpo_kk.start(s.lesson, s.warmup)))
+        self._run(Recipe(name="start", runs=str(self.folder), stages=grpo_kk.start(s.lesson, s.careful, s.warmup)))
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """Train and measure one cell; -> its row of the table."""
@@ -158,7 +159,8 @@ def table(value: Mapping[str, Any]) -> str:
     lines = ["# Length rewards on Knights and Knaves", ""]
     if done < wanted:
         lines += [f"**Partial: {done} of {wanted} cells.**", ""]
-    lines += [f"{grpo_kk.PEOPLE} people, {size['lesson'] + size['warmup']} updates of warm-up on extended traces, then "
+    warmup = sum(size[part] for part in ("lesson", "careful", "warmup"))
+    lines += [f"{grpo_kk.PEOPLE} people, {warmup} updates of warm-up, the last {size['warmup']} on varied traces, then "
               f"{size['steps']} updates on {grpo_kk.QUESTIONS} questions; greedy answers to {size['asked']} held-out "
               f"puzzles. {value['machine']}; {value['date']}.", "",
               f"| method | seeds | accuracy, % | minus {BASELINE} | thinking tokens | against {BASELINE} | minutes |",

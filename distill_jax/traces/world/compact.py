@@ -20,6 +20,7 @@ from distill_jax.traces.world.thoughts import (
     Recheck,
     Seek,
     Suppose,
+    Testing,
     Thought,
     Work,
 )
@@ -78,12 +79,17 @@ def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought) -> st
             assert isinstance(q, DocumentQuestion) and q.rule
             mark = _year if q.rule.name == "latest" else _source
             return f"{mark(winner)} over {mark(loser)}"
-        case Suppose(roles):
+        case Suppose(roles, truths):
             assert isinstance(q, Knights)
+            if truths:
+                return "suppose " + " ".join(f"{_person(q, i)} {_truth(r)}" for i, r in enumerate(roles))
             return "suppose " + _roles(q, roles)
-        case Examine(speaker, true, fits):
+        case Examine(speaker, true, fits, roles):
             assert isinstance(q, Knights)
-            return f"{_person(q, speaker)} says {'true' if true else 'false'} {'ok' if fits else 'no'}"
+            said = f"{_held(q, q.says[speaker], roles)} " if roles else ""
+            return f"{_person(q, speaker)} says {said}{_truth(true)} {'ok' if fits else 'no'}"
+        case Testing(again):
+            return "check" if again else "seek"
         case Work(op, c, slip):
             bottom_and_carry = f"{c.top} {op} {c.bottom} carry {0 if slip else c.carry} write"
             return f"{bottom_and_carry} no" if slip else f"{bottom_and_carry} {c.digit} carry {c.carry_out}"
@@ -115,6 +121,10 @@ def _role(knight: bool) -> str:
     return "knight" if knight else "knave"
 
 
+def _truth(true: bool) -> str:
+    return "true" if true else "false"
+
+
 def _roles(q: Knights, roles: tuple[bool, ...]) -> str:
     return " ".join(f"{_person(q, i)} {_role(r)}" for i, r in enumerate(roles))
 
@@ -126,6 +136,18 @@ def _statement(q: Knights, s: Statement) -> str:
     if s.form in ("same", "differ"):
         return f"{a} {s.form} {b}"
     return f"{a} {_role(s.role_a)} {s.form} {b} {_role(s.role_b)}"
+
+
+def _held(q: Knights, s: Statement, roles: tuple[bool, ...]) -> str:
+    """A statement held against supposed roles, part by part: `carl knave no or bob knight yes`, `carl true same bob
+    false`."""
+    a, b = _person(q, s.a), _person(q, s.b) if s.b >= 0 else ""
+    if s.form in ("same", "differ"):
+        return f"{a} {_truth(roles[s.a])} {s.form} {b} {_truth(roles[s.b])}"
+    part = lambda i, said: f"{_role(said)} {'yes' if roles[i] == said else 'no'}"
+    if s.form == "is":
+        return f"{a} is {part(s.a, s.role_a)}"
+    return f"{a} {part(s.a, s.role_a)} {s.form} {b} {part(s.b, s.role_b)}"
 
 
 def _spaced(n: int) -> str:

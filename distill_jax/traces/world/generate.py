@@ -14,7 +14,7 @@ from distill_jax.traces.trace import Provenance, Trace, simple_trace
 from distill_jax.traces.world import compact, facts, puzzles, rich
 from distill_jax.traces.world.draw import Draw, digest
 from distill_jax.traces.world.facts import DocumentQuestion, Layout
-from distill_jax.traces.world.thoughts import STYLES, Style, think
+from distill_jax.traces.world.thoughts import PUZZLING, STYLES, Style, think
 
 Question = DocumentQuestion | puzzles.Knights | puzzles.Arithmetic
 KINDS = (*facts.BUILDERS, "knights", "arithmetic")
@@ -32,7 +32,8 @@ class WorldSpec:
     kind       one of `KINDS`
     k          documents (sentences of a long document, key-value pairs, people, digits)
     rendering  `compact` (one word, one token) or `rich` (paraphrased running text)
-    style      oracle trace: `minimal` or `extended` (re-reading, checking, a wrong branch and its correction)
+    style      oracle trace: `minimal`, `extended` (re-reading, checking, a wrong branch and its correction), and for
+               `knights` also `careful` and `varied` (`thoughts`)
     split      `train` or `eval`
     position   of the document that holds the answer, from 0; None: drawn
     layout     where the first hop's document stands: `random`, `adjacent` (just before), `reversed` (just after),
@@ -59,6 +60,8 @@ class WorldSpec:
             if getattr(self, field) not in values:
                 got = getattr(self, field)
                 raise ValueError(f"unknown {field} {got!r} of a generated world; known: {list(values)}")
+        if self.style in PUZZLING and self.kind != "knights":
+            raise ValueError(f"style {self.style!r} is for kind='knights', got kind={self.kind!r}; take 'extended'")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if self.names is not None and self.names < 1:

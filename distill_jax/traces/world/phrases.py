@@ -70,6 +70,8 @@ PREFER_TRUSTED = ("{a} counts more than {b}, so {v} stands.", "I trust {a} befor
                   "In the given order {a} comes before {b}; I keep {v}.")
 
 SUPPOSE = ("Suppose {r}.", "Let me try: {r}.", "Assume that {r}.", "What if {r}?")
+TESTING = ("I test statement by statement.", "Let me go through it with care.")
+AGAIN = ("Let me check that once more.", "Wait, I test this again.")
 EXAMINE_FITS = ("What {p} says is then {t}, as it should be for a {k}.", "{p}'s words are {t}, which fits a {k}.",
                 "The statement of {p} is {t}; a {k} would say that.")
 EXAMINE_FAILS = ("What {p} says is then {t}, which a {k} would not say. So this is wrong.",

@@ -19,6 +19,7 @@ from distill_jax.traces.world.thoughts import (
     Recheck,
     Seek,
     Suppose,
+    Testing,
     Thought,
     Work,
 )
@@ -117,14 +118,17 @@ def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought, draw:
             return draw.pick(known).format(d=document + 1, f=_said(fact, draw))
         case Prefer(winner, loser):
             return _prefer(q, winner, loser, draw)
-        case Suppose(roles):
+        case Suppose(roles, _):
             assert isinstance(q, Knights)
             return draw.pick(phrases.SUPPOSE).format(r=_roles(q, roles))
-        case Examine(speaker, true, fits):
+        case Examine(speaker, true, fits, roles):
             assert isinstance(q, Knights)
+            said = f"{_held(q, q.says[speaker], roles)} " if roles else ""
             role = _role(true == fits)  # a true statement fits a knight, a false one a knave
             ways = phrases.EXAMINE_FITS if fits else phrases.EXAMINE_FAILS
-            return draw.pick(ways).format(p=_person(q, speaker), t="true" if true else "false", k=role)
+            return said + draw.pick(ways).format(p=_person(q, speaker), t="true" if true else "false", k=role)
+        case Testing(again):
+            return draw.pick(phrases.AGAIN if again else phrases.TESTING)
         case Work(op, c, slip):
             total = {"plus": c.top + c.bottom + c.carry, "minus": 0, "times": c.top * c.bottom + c.carry}[op]
             ways = phrases.SLIP if slip else phrases.COLUMN[op]
@@ -185,6 +189,13 @@ def _roles(q: Knights, roles: tuple[bool, ...]) -> str:
 
 def _role(knight: bool) -> str:
     return "knight" if knight else "knave"
+
+
+def _held(q: Knights, s: Statement, roles: tuple[bool, ...]) -> str:
+    """A statement, and the roles that those it names are supposed to have."""
+    named = [s.a, s.b] if s.b >= 0 else [s.a]
+    supposed = " and ".join(f"{_person(q, i)} a {_role(roles[i])}" for i in named)
+    return f'"{_statement(q, s)}" Supposed: {supposed}.'
 
 
 def _person(q: Knights, i: int) -> str:
