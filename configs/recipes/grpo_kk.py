@@ -11,8 +11,8 @@ and are careful, and mostly test what they found once or twice more for nothing.
 that it seldom takes, and RL can choose it: what RL is known to do for large models (2503.01307). That it learns
 anything new from a hundred puzzles is not shown; with one way of thinking in the traces it learned those by heart
 (docs/LOG.md).
-Expected (seed 0, 400 held-out puzzles): careful answers from 27 to 100%; accuracy +4.3 points [-1.4, +10.3] greedily,
-+4.5 [+0.9, +8.3] sampled. The aim of +15 is missed: the careful way is not good enough yet (docs/LOG.md).
+Expected: on seed 0 and 400 held-out puzzles, careful answers from 27 to 100%; accuracy +4.3 points [-1.4, +10.3]
+greedily, +4.5 [+0.9, +8.3] sampled. The aim of +15 is missed: the careful way is not good enough yet (docs/LOG.md).
 Hardware, time: a CPU; ten minutes of processor time on one core.
 """
 

@@ -57,15 +57,15 @@ def test_small_train():
 def test_modelled_efficiency_by_hand():
     """An all-gather of 8 GB among 8 devices of one host sends 7 GB at 450 GB/s; among 16 hosts' replicas 2 * 15/16."""
     from benchmarks.scaling import Times, mesh_of, seconds_of
-    from distill_jax.jobs.hardware import DEVICES
+    from distill_jax.jobs.hardware import DEVICES, parse
     from distill_jax.sharding.hlo import Collective
 
-    device, made = DEVICES["h200"], {"shapes": (), "bytes": 8e9, "loops": (), "op": "", "name": ""}
+    target, made = parse("h200:128"), {"shapes": (), "bytes": 8e9, "loops": (), "op": "", "name": ""}
     inside = Collective(kind="all-gather", group=8, **made)
     across = Collective(kind="all-reduce", group=16, **made)
-    assert seconds_of(inside, device, 128) == pytest.approx(7e9 / 450e9)
-    assert seconds_of(across, device, 128) == pytest.approx(2 * 15 / 16 * 8e9 / 50e9)
-    assert mesh_of(device, 128).sizes == {"data": 16, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
-    assert mesh_of(DEVICES["v5p"], 128).fsdp == 128
+    assert seconds_of(inside, target) == pytest.approx(7e9 / 450e9)
+    assert seconds_of(across, target) == pytest.approx(2 * 15 / 16 * 8e9 / 50e9)
+    assert mesh_of(target.device, 128).sizes == {"data": 16, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+    assert mesh_of(DEVICES["v5p"], 128).fsdp == 16
     times = Times(compute=3.0, sending=1.0)
     assert times.apart == 0.75 and times.together == 1.0 and Times(compute=1.0, sending=2.0).together == 0.5
