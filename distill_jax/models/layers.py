@@ -18,6 +18,7 @@ from distill_jax.models import lora
 from distill_jax.models.attention import attend
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.moe import MoEMLP, Routing
+from distill_jax.models.norm import rms_norm
 from distill_jax.models.parallel import spread
 from distill_jax.models.product import gated, product
 from distill_jax.models.quantized import matmul
@@ -71,12 +72,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        dtype = wide(x.dtype)
-        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), dtype)
-        y = x.astype(dtype)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        scale = (self.offset + scale.astype(dtype)).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (y * scale).astype(x.dtype)
+        scale = self.param("scale", nn.initializers.constant(1.0 - self.offset), (x.shape[-1],), wide(x.dtype))
+        return rms_norm(x, scale, self.eps, self.offset)
 
 
 class Dense(nn.Module):

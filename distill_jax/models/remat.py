@@ -37,28 +37,25 @@ class Widths:
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """keeps: in words. save: what `jax.checkpoint` takes; None: nothing is recomputed. The rest are numbers a token:
-    kept: of each layer until its backward pass, its input included; wide: of those, in float32 whatever the compute
-    dtype; working: of the one layer whose backward pass runs. again: share of the forward pass that runs a second time.
+    kept: of each layer until its backward pass, its input included; working: of the one layer whose backward pass runs.
+    again: share of the forward pass that runs a second time.
     """
 
     keeps: str
     save: Any
     kept: Callable[[Widths], float]
     working: Callable[[Widths], float]
-    wide: Callable[[Widths], float] = lambda w: 0.0
     again: float = 0.0
 
     def bytes(self, config: ModelConfig, itemsize: int, tensor: int = 1) -> float:
         """What a token keeps for the backward pass in all layers, computing in `itemsize` bytes a number."""
         w = Widths.of(config, tensor)
-        return config.num_layers * (itemsize * self.kept(w) + 4 * self.wide(w))
+        return config.num_layers * itemsize * self.kept(w)
 
 
 REMAT: dict[str, Policy] = {
-    "none": Policy(keeps="everything: six inner widths (gate, up, the activation's parts and products), the norms' "
-                         "float32 parts", save=None,
-                   kept=lambda w: 6 * w.f + 3 * w.d + 2 * w.q + 2 * w.k, wide=lambda w: 6 * w.d,
-                   working=lambda w: 5 * w.f + 12 * w.d),
+    "none": Policy(keeps="all that a product or a norm reads: three inner widths (gate, up, the activation)", save=None,
+                   kept=lambda w: 3 * w.f + 5 * w.d + 2 * w.q + 2 * w.k, working=lambda w: 5 * w.f + 12 * w.d),
     "dots": Policy(keeps="results of the matrix products",
                    save=jax.checkpoint_policies.save_only_these_names(PRODUCT),
                    kept=lambda w: 2 * w.f + 2 * w.d + w.q + 2 * w.k, working=lambda w: 2 * w.f + 11 * w.d, again=0.1),
