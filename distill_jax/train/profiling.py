@@ -7,6 +7,7 @@ are what runs in them.
 """
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def read_events(folder: Path, module: str) -> list[Event]:
     from jax.profiler import ProfileData
 
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
-    events = list(_events(ProfileData.from_file(str(files[-1])), module)) if files else []
+    with warnings.catch_warnings():  # of jax's binding, on Python 3.12: where it is an error, it ends the process
+        warnings.simplefilter("ignore", DeprecationWarning)
+        events = list(_events(ProfileData.from_file(str(files[-1])), module)) if files else []
     if not events:
         raise ValueError(f"the trace in {folder} has no instruction of {module}: the profiler recorded nothing of this "
                          "device; run one profile at a time, and see the profiler's messages above")
