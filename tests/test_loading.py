@@ -18,6 +18,7 @@ from distill_jax.sharding import make_mesh, param_shardings
 from distill_jax.train.checkpoint import Checkpoints
 from distill_jax.train.state import TrainState
 from tests.models.common import PLAIN, make, tokens
+from tests.s3 import s3_bucket
 
 
 def equal(a, b):
@@ -163,22 +164,9 @@ def test_hub_ids_download_only_what_is_needed(hf_folder, params, monkeypatch):
 @pytest.fixture(scope="module")
 def bucket():
     """An S3 server on this machine; the environment points to it."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
-            "AWS_REGION": "us-east-1"}
-    before = {k: os.environ.get(k) for k in keys}
-    os.environ.update(keys)
-    import boto3
-
     name = f"bucket-{uuid.uuid4().hex[:8]}"
-    client = boto3.client("s3", endpoint_url=keys["AWS_ENDPOINT_URL"])
-    client.create_bucket(Bucket=name)
-    yield name, client
-    server.stop()
-    for k, v in before.items():
-        os.environ.pop(k) if v is None else os.environ.update({k: v})
+    with s3_bucket(name) as client:
+        yield name, client
 
 
 def upload(client, bucket, folder, prefix):

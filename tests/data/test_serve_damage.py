@@ -15,6 +15,7 @@ from distill_jax.data.sources import open_source, serve
 from distill_jax.traces.store import CorruptShard, TraceStore
 from distill_jax.traces.store.ragged import RaggedArray
 from tests.data.storing import judged_answers, make_store, some_traces
+from tests.s3 import s3_bucket
 
 
 def opened(url, tok):
@@ -38,29 +39,17 @@ def test_damage_names_shard_and_row_and_nothing_hangs(tiny, tmp_path, harm):
     assert caught.value.shard == 1 and 16 <= caught.value.row < 32 and "\n" not in str(caught.value)
 
 
-def test_s3_through_grain_is_the_local_store(tiny, tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    for name, value in (("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_REGION", "us-east-1"),
-                        ("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
-                        ("AWS_EC2_METADATA_DISABLED", "true")):
-        monkeypatch.setenv(name, value)
-    try:
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="rows-bucket")
+def test_s3_through_grain_is_the_local_store(tiny, tmp_path):
+    with s3_bucket("rows-bucket") as client:
         urls = [tmp_path / "s", "s3://rows-bucket/s"]
         local = make_store(tmp_path / "s", some_traces(20), tiny, "topk")
         for file in (f for f in (tmp_path / "s").rglob("*") if f.is_file()):
-            boto3.client("s3", region_name="us-east-1").put_object(
-                Bucket="rows-bucket", Key=f"s/{file.relative_to(tmp_path / 's')}", Body=file.read_bytes())
+            client.put_object(Bucket="rows-bucket", Key=f"s/{file.relative_to(tmp_path / 's')}",
+                              Body=file.read_bytes())
         assert TraceStore.open(urls[1]).fingerprint() == local.fingerprint()
         batches = [list(serve(opened(url, tiny), 1, stop_step=4)) for url in urls]
         for ours, theirs in zip(*(jax.tree.leaves(b) for b in batches), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    finally:
-        running.stop()
 
 
 def damage(folder, shard, table="signals/topk/data", array="outcomes", whole=True):

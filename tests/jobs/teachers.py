@@ -5,10 +5,17 @@ from pathlib import Path
 
 import jax
 
-from distill_jax.data.tokenizer import Tokenizer
+from distill_jax.data.source_specs import Store
+from distill_jax.data.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.losses.rows.cross_entropy import cross_entropy
 from distill_jax.models import hf
 from distill_jax.models.config import AttentionConfig, ModelConfig
 from distill_jax.models.transformer import Transformer, init_params
+from distill_jax.objective.term import Term
+from distill_jax.recipe import Stage, Student
+from distill_jax.train.optim import AdamW
+from tests.data.conftest import tiny_folder
+from tests.data.storing import make_store, some_traces
 
 
 @functools.cache
@@ -27,3 +34,13 @@ def teacher_folder(folder: Path, tok: Tokenizer, **kwargs) -> Path:
     hf.save(folder, model, params)
     tok.save(folder)
     return folder
+
+
+def small_stage(root: Path, **kwargs) -> Stage:
+    """Four updates of cross-entropy on a small store, both made below `root`."""
+    tok = load_tokenizer(tiny_folder(root / "tokenizer"))
+    make_store(root / "store", some_traces(24), tok)
+    student = teacher_folder(root / "student", tok)
+    return Stage(name="train", source=Store(path=str(root / "store"), rows=8, seq_len=96), steps=4, log_every=1,
+                 providers={"student": Student(model=str(student))}, terms={"ce": Term(cross_entropy)},
+                 optim=AdamW(peak_lr=0.01, warmup=1), **kwargs)

@@ -20,6 +20,7 @@ from distill_jax.traces.store import Raced, TraceStore
 from tests.data.conftest import tiny_folder
 from tests.data.storing import make_store, some_traces
 from tests.jobs.some_ops import OnePerQuestion, Slow
+from tests.s3 import s3_bucket
 
 QUESTIONS, SAMPLES = 30, 3
 
@@ -276,21 +277,10 @@ def test_ops_by_name():
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """URL of an empty bucket on a server of this test."""
-    server = pytest.importorskip("moto.server", reason="needs moto[server]")
-    boto3 = pytest.importorskip("boto3", reason="needs moto[server]")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    for name, value in (("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_REGION", "us-east-1"),
-                        ("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
-                        ("AWS_EC2_METADATA_DISABLED", "true")):
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", region_name="us-east-1")
-    client.create_bucket(Bucket="ops")
-    yield client
-    running.stop()
+def bucket():
+    """A client of a server of this test, with an empty bucket."""
+    with s3_bucket("ops") as client:
+        yield client
 
 
 def test_parts_in_an_object_store(bucket, source, tmp_path):

@@ -11,29 +11,16 @@ from etils import epath
 
 import distill_jax.jobs.train as train
 from distill_jax.cli.main import main
-from distill_jax.data.source_specs import Store
-from distill_jax.data.tokenizer import load_tokenizer
 from distill_jax.jobs.run_recipe import run_recipe
 from distill_jax.loading import load
-from distill_jax.losses.rows.cross_entropy import cross_entropy
-from distill_jax.objective.term import Term
-from distill_jax.recipe import MeshShape, Recipe, Saving, Stage, Student
+from distill_jax.recipe import MeshShape, Recipe, Saving
 from distill_jax.train.checkpoint import complete_steps
-from distill_jax.train.optim import AdamW
-from tests.data.conftest import tiny_folder
-from tests.data.storing import make_store, some_traces
-from tests.jobs.teachers import teacher_folder
+from tests.jobs.teachers import small_stage
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    tok = load_tokenizer(tiny_folder(root / "tokenizer"))
-    make_store(root / "store", some_traces(24), tok)
-    student = teacher_folder(root / "student", tok)
-    return Stage(name="train", source=Store(path=str(root / "store"), rows=8, seq_len=96), steps=4, log_every=1,
-                 providers={"student": Student(model=str(student))}, terms={"ce": Term(cross_entropy)},
-                 optim=AdamW(peak_lr=0.01, warmup=1))
+    return small_stage(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(params=["folder", "gs"])

@@ -8,27 +8,15 @@ import pytest
 from distill_jax.traces.store import CorruptShard, SignalHeader, TraceStore
 from distill_jax.traces.store.kv import RETRIES, Kv, kvstore_spec
 from tests.faults.campaign import differences
+from tests.s3 import s3_bucket
 from tests.traces.store.store_builders import HEADER, build, make_row, make_topk, same_arrays
 
 
 @pytest.fixture(scope="module")
 def bucket():
     """URL of an empty bucket on a moto server; the environment points there."""
-    server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AWS_ENDPOINT_URL", endpoint), ("AWS_REGION", "us-east-1"),
-                            ("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"),
-                            ("AWS_EC2_METADATA_DISABLED", "true")):
-            patch.setenv(name, value)
-        client = boto3.client("s3", region_name="us-east-1")
-        client.create_bucket(Bucket="traces-bucket")
+    with s3_bucket("traces-bucket") as client:
         yield client, "s3://traces-bucket"
-    running.stop()
 
 
 def download(client, prefix: str, to: Path) -> None:
