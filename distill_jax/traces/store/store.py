@@ -89,7 +89,12 @@ class TraceStore:
         try:
             store = cls.open(url)
         except FileNotFoundError:
-            return cls.create(url, header)
+            try:
+                return cls.create(url, header)
+            except ValueError:
+                if Kv(url).read(MANIFEST) is None:
+                    raise
+                store = cls.open(url)  # another process made it meanwhile
         ours, theirs = (canonical(h.to_json(), "the header") for h in (header, store.header))
         if ours != theirs:
             old, new = store.header.to_json(), header.to_json()

@@ -104,6 +104,21 @@ def test_places_that_hold_no_store(tmp_path, store):
     assert len(TraceStore.open_or_create(store.url, HEADER)) == 20
 
 
+def test_two_processes_begin_one_store(tmp_path, monkeypatch):
+    """The other one creates it after this one has looked."""
+    real, calls = TraceStore.open.__func__, []
+
+    def racing(cls, url):
+        calls.append(url)
+        if len(calls) == 1:
+            build(url, rows=3)
+            raise FileNotFoundError(url)
+        return real(cls, url)
+
+    monkeypatch.setattr(TraceStore, "open", classmethod(racing))
+    assert len(TraceStore.open_or_create(tmp_path / "s", HEADER)) == 3
+
+
 def test_headers_compare_over_real_ids():
     padded = StoreHeader(tokenizer={**HEADER.tokenizer, "name": "other", "padded": 152_064}, template="t")
     assert compatible(HEADER, padded)
