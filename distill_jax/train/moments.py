@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from distill_jax.core.platform import platform
+
 Array = Any
 Tree = Any
 State = Literal["float32", "bfloat16", "int8"]
@@ -92,14 +94,38 @@ class Moments(NamedTuple):
     nu_scale: Tree = None
 
 
-def scale_by_adam(b1: float, b2: float, eps: float, state: State) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with moments kept in `state`; float32 is optax's own."""
-    if state == "float32":
-        return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    return _eight_bits(b1, b2, eps) if state == "int8" else _sixteen_bits(b1, b2, eps)
+def scale_by_adam(b1: float, b2: float, eps: float, state: State) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam` with moments kept in `state`; float32 is optax's own rule.
+
+    `update(..., ok=False)` leaves the moments as they were (its direction then means nothing). Who selects afterwards
+    has old and new moments at once.
+    """
+    make = {"float32": _whole, "bfloat16": _sixteen_bits, "int8": _eight_bits}[state]
+    return make(b1, b2, eps)
 
 
-def _sixteen_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def _whole(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+
+    def update(grads: Tree, state: Any, params: Tree = None, *, ok: Array | None = None, **_: Any) -> tuple[Tree, Any]:
+        new = adam.update(grads, state, params)[1]
+        count = new.count
+        mu, nu = select(ok, (new.mu, new.nu), (state.mu, state.nu))
+        if platform() == "cpu":  # it would compute the moments again for the direction, and copy the old ones for that
+            mu, nu = jax.lax.optimization_barrier((mu, nu))
+        first, second = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
+        return updates, new._replace(count=select(ok, count, state.count), mu=mu, nu=nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def select(ok: Array | None, new: Tree, old: Tree) -> Tree:
+    """new where ok (None: always), else old."""
+    return new if ok is None else jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+
+
+def _sixteen_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     def init(params: Tree) -> Moments:
         zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
         return Moments(jnp.zeros((), jnp.int32), zeros(), zeros())
@@ -109,10 +135,10 @@ def _sixteen_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         low, high = _random(count, number, g.shape)
         return update, _round_bfloat16(m, low), _round_bfloat16(v, high)
 
-    return optax.GradientTransformation(init, _update(leaf, 2))
+    return optax.GradientTransformationExtraArgs(init, _update(leaf, 2))
 
 
-def _eight_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def _eight_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     def init(params: Tree) -> Moments:
         codes = lambda code: jax.tree.map(lambda p: jnp.zeros(p.shape, code.dtype if p.ndim else jnp.float32), params)
         scales = lambda: jax.tree.map(lambda p: jnp.zeros(_scales(p.shape), jnp.float32), params)
@@ -127,19 +153,20 @@ def _eight_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformatio
         (mu, mu_scale), (nu, nu_scale) = FIRST.encode(m, low), SECOND.encode(v, high)
         return update, mu, nu, mu_scale, nu_scale
 
-    return optax.GradientTransformation(init, _update(leaf, 4))
+    return optax.GradientTransformationExtraArgs(init, _update(leaf, 4))
 
 
 def _update(leaf: Callable[..., tuple[Array, ...]], parts: int) -> Callable[..., tuple[Tree, Moments]]:
     """An optax update out of one for a single leaf: (number, gradient, count, *kept) -> (update, *kept)."""
 
-    def update(grads: Tree, state: Moments, params: Tree = None) -> tuple[Tree, Moments]:
+    def update(grads: Tree, state: Moments, params: Tree = None, *, ok: Array | None = None, **_: Any
+               ) -> tuple[Tree, Moments]:
         flat, treedef = jax.tree.flatten(grads)
         kept = [treedef.flatten_up_to(tree) for tree in state[1:1 + parts]]
         count = state.count + 1
         new = [leaf(i, g, count, *of) for i, (g, *of) in enumerate(zip(flat, *kept))]
         updates, *trees = (treedef.unflatten(column) for column in zip(*new))
-        return updates, Moments(count, *trees)
+        return updates, select(ok, Moments(count, *trees, *state[1 + parts:]), state)
 
     return update
 

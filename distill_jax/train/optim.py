@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 
 from distill_jax.core import tree
-from distill_jax.train.moments import State, scale_by_adam
+from distill_jax.train.moments import State, scale_by_adam, select
 
 Array = Any
 VECTORS = ("bias", "scale")
@@ -29,6 +29,8 @@ class Optimizer(ABC):
 
     A new one: a subclass with `rule`, and a line in its test.
     """
+
+    selects: ClassVar[bool] = False
 
     peak_lr: float = 3e-4
     warmup: float = 0.03
@@ -52,11 +54,14 @@ class Optimizer(ABC):
         return Schedule(peak=self.peak_lr, warmup=min(warmup, total_steps), total=total_steps, decay=self.decay,
                         end=self.end_factor * self.peak_lr)
 
-    def build(self, total_steps: int) -> optax.GradientTransformation:
-        """The optax transformation; its `init` and `update` are safe under strict dtype promotion."""
+    def build(self, total_steps: int) -> optax.GradientTransformationExtraArgs:
+        """The optax transformation; its `init` and `update` are safe under strict dtype promotion.
+
+        `update(..., ok=False)` leaves the state as it was; None, the default, is True.
+        """
         with jax.numpy_dtype_promotion("standard"):
             parts = [] if self.grad_clip is None else [optax.clip_by_global_norm(self.grad_clip)]
-            return _standard_promotion(optax.chain(*parts, self.rule(self.schedule(total_steps))))
+            return _standard_promotion(optax.chain(*parts, self.rule(self.schedule(total_steps))), self.selects)
 
     @abstractmethod
     def rule(self, schedule: "Schedule") -> optax.GradientTransformation:
@@ -78,6 +83,7 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter 2019). `state`: what the moments are kept in, 8, 4 or 2.1 bytes a parameter
     (`train.moments`: rounded at random where they are not float32)."""
 
+    selects: ClassVar[bool] = True
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -180,15 +186,19 @@ def decay_mask(params: Any) -> Any:
     return tree.map_with_path(lambda path, x: x.ndim > 1 and path.split("/")[-1] not in VECTORS, params)
 
 
-def _standard_promotion(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """optax mixes dtypes (bias correction, schedules); let it, without loosening the rules for our own code."""
+def _standard_promotion(tx: optax.GradientTransformation, selects: bool) -> optax.GradientTransformationExtraArgs:
+    """optax mixes dtypes (bias correction, schedules); let it, without loosening the rules for our own code.
+    selects: `tx` itself leaves its arrays as they were where ok is False, so that only counters are left to do."""
+    inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
             return tx.init(params)
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, ok: Array | None = None, **_: Any) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return tx.update(updates, state, params)
+            updates, new = inner.update(updates, state, params, ok=ok)
+        one = lambda n, o: n if selects and n.ndim else select(ok, n, o)
+        return updates, jax.tree.map(one, new, state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -43,7 +43,7 @@ class TrainState:
     skipped: Array
 
 
-Optimizers = Mapping[str, optax.GradientTransformation]
+Optimizers = Mapping[str, optax.GradientTransformationExtraArgs]
 
 
 def create_state(params: dict[str, Tree], optimizers: Optimizers, *, mesh: Mesh, seed: int = 0,

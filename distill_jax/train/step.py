@@ -23,6 +23,7 @@ from distill_jax.objective.term import Objective, Weights
 from distill_jax.sharding import batch_spec, fit_spec, row_shards
 from distill_jax.train.balance import balanced, load, real_tokens
 from distill_jax.train.flops import Flops
+from distill_jax.train.moments import select
 from distill_jax.train.sources import Made, make_sources, needed_states, provider_of, stored_sources
 from distill_jax.train.state import Optimizers, TrainState
 
@@ -106,14 +107,14 @@ def make_step(config: StepConfig, like: TrainState) -> Callable[..., tuple[Train
             ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
             params, opt_state = {}, {}
             for name, tx in config.optimizers.items():
-                updates, opt_state[name] = tx.update(grads[name], state.opt_state[name], state.params[name])
+                updates, opt_state[name] = tx.update(
+                    grads[name], state.opt_state[name], state.params[name], ok=ok)
                 params[name] = optax.apply_updates(state.params[name], updates)
         controllers = {**state.controllers,  # beside the objective's: a steered source's, changed by the host only
                        **config.objective.update(state.controllers, metrics["terms"], state.step)}
-        keep = jax.named_scope("optimizer")(
-            lambda new, old: jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old))
+        keep = jax.named_scope("optimizer")(functools.partial(select, ok))
         new = TrainState(
-            step=state.step + 1, params=keep(params, state.params), opt_state=keep(opt_state, state.opt_state),
+            step=state.step + 1, params=keep(params, state.params), opt_state=opt_state,
             controllers=keep(controllers, state.controllers), rng=state.rng,
             skipped=state.skipped + jnp.where(ok, 0, 1))
         metrics |= {"grad_norm": norm, "ok": ok,
