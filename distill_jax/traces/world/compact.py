@@ -149,3 +149,7 @@ def _held(q: Knights, s: Statement, roles: tuple[bool, ...]) -> str:
     if s.form == "is":
         return f"{a} is {part(s.a, s.role_a)}"
     return f"{a} {part(s.a, s.role_a)} {s.form} {b} {part(s.b, s.role_b)}"
+
+
+def _spaced(n: int) -> str:
+    return " ".join(str(n))
