@@ -87,7 +87,8 @@ def _thought(q: DocumentQuestion | Knights | Arithmetic, thought: Thought) -> st
         case Examine(speaker, true, fits, roles):
             assert isinstance(q, Knights)
             said = f"{_held(q, q.says[speaker], roles)} " if roles else ""
-            return f"{_person(q, speaker)} says {said}{_truth(true)} {'ok' if fits else 'no'}"
+            by = f"{_person(q, speaker)} {_truth(roles[speaker])}" if roles else _person(q, speaker)
+            return f"{by} says {said}{_truth(true)} {'ok' if fits else 'no'}"
         case Testing(again):
             return "check" if again else "seek"
         case Work(op, c, slip):
@@ -139,11 +140,11 @@ def _statement(q: Knights, s: Statement) -> str:
 
 
 def _held(q: Knights, s: Statement, roles: tuple[bool, ...]) -> str:
-    """A statement held against supposed roles, part by part: `carl knave no or bob knight yes`, `carl true same bob
-    false`."""
-    a, b = _person(q, s.a), _person(q, s.b) if s.b >= 0 else ""
+    """A statement held against supposed roles, part by part: `carl true knave no or bob true knight yes`, `carl true
+    same bob false`. A role supposed always follows its name, so it is copied before anything is made of it."""
+    a, b = (f"{_person(q, i)} {_truth(roles[i])}" if i >= 0 else "" for i in (s.a, s.b))
     if s.form in ("same", "differ"):
-        return f"{a} {_truth(roles[s.a])} {s.form} {b} {_truth(roles[s.b])}"
+        return f"{a} {s.form} {b}"
     part = lambda i, said: f"{_role(said)} {'yes' if roles[i] == said else 'no'}"
     if s.form == "is":
         return f"{a} is {part(s.a, s.role_a)}"

@@ -7,6 +7,8 @@ import pytest
 
 from distill_jax.traces.world.generate import WorldSpec, traces
 
+TEST = r"\w+ (?:true|false) says .*? (?:true|false) (?:ok|no)\b"
+
 
 def spec_of(style: str, **changes) -> WorldSpec:
     return WorldSpec(**{"kind": "knights", "k": 3, "style": style, **changes})
@@ -16,24 +18,25 @@ def read(thinking: str) -> list[tuple[str, list[str]]]:
     """`suppose` or `check` with the roles or tests that follow it; tests are what stands before each ok / no."""
     out = []
     for mark, rest in re.findall(r"(suppose|check) (.*?)(?= suppose| check|$)", thinking):
-        roles = re.match(r"(?:\w+ (?:true|false) ?)+", rest)[0] if mark == "suppose" else ""
+        roles = re.match(r"(?:\w+ (?:true|false)(?! says) ?)+", rest)[0] if mark == "suppose" else ""
         plain = roles.strip().replace("true", "knight").replace("false", "knave")
-        out.append((plain or "check", re.findall(r"\w+ says .*? (?:true|false) (?:ok|no)", rest[len(roles):])))
+        out.append((plain or "check", re.findall(TEST, rest[len(roles):])))
     return out
 
 
 def judge(test: str, said: dict[str, str], roles: dict[str, str]) -> bool:
     """Holds a printed test against the printed question; -> whether it fits."""
-    speaker, held, truth, verdict = re.fullmatch(r"(\w+) says (.*) (true|false) (ok|no)", test).groups()
-    if re.search(r" (same|differ) ", held):
-        a, truth_a, form, b, truth_b = held.split()
-        assert said[speaker] == f"{a} {form} {b}"
-        assert [truth_a == "true", truth_b == "true"] == [roles[x] == "knight" for x in (a, b)]
-        holds = (truth_a == truth_b) == (form == "same")
+    speaker, held, truth, verdict = re.fullmatch(
+        r"(\w+ (?:true|false)) says (.*) (true|false) (ok|no)", test).groups()
+    supposed = [words.split() for words in (speaker, *re.findall(r"\w+ (?:true|false)", held))]
+    assert all((roles[name] == "knight") == (role == "true") for name, role in supposed)
+    speaker, claims = speaker.split()[0], re.sub(r" (true|false)\b", "", held)
+    assert said[speaker] == re.sub(r" (yes|no)\b", "", claims)
+    if re.search(r" (same|differ) ", claims):
+        holds = (supposed[1][1] == supposed[2][1]) == (" same " in claims)
     else:
-        assert said[speaker] == re.sub(r" (yes|no)\b", "", held)
-        parts = re.findall(r"(\w+) (?:is )?(knight|knave) (yes|no)", held)
-        assert all((roles[a] == claimed) == (yes == "yes") for a, claimed, yes in parts)
+        parts = re.findall(r"(\w+) (?:is )?(knight|knave) (yes|no)", claims)
+        assert parts and all((roles[a] == claimed) == (yes == "yes") for a, claimed, yes in parts)
         holds = (any if " or " in held else all)(yes == "yes" for *_, yes in parts)
     assert holds == (truth == "true") and (holds == (roles[speaker] == "knight")) == (verdict == "ok")
     return verdict == "ok"
