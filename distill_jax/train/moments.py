@@ -107,15 +107,15 @@ def scale_by_adam(b1: float, b2: float, eps: float, state: State) -> optax.Gradi
 def _whole(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def update(grads: Tree, state: Any, params: Tree = None, *, ok: Array | None = None, **_: Any) -> tuple[Tree, Any]:
-        new = adam.update(grads, state, params)[1]
-        count = new.count
-        mu, nu = select(ok, (new.mu, new.nu), (state.mu, state.nu))
+    def update(updates: Tree, state: Any, params: Tree = None, *, ok: Array | None = None, **_: Any) -> tuple[Tree, Any]:
+        new: Any = adam.update(updates, state, params)[1]
+        kept = select(ok, new, state)
+        used = new
         if platform() == "cpu":  # it would compute the moments again for the direction, and copy the old ones for that
-            mu, nu = jax.lax.optimization_barrier((mu, nu))
-        first, second = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
-        return updates, new._replace(count=select(ok, count, state.count), mu=mu, nu=nu)
+            kept = kept._replace(**dict(zip(("mu", "nu"), jax.lax.optimization_barrier((kept.mu, kept.nu)))))
+            used = kept
+        mu, nu = optax.tree.bias_correction(used.mu, b1, new.count), optax.tree.bias_correction(used.nu, b2, new.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), kept
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
@@ -159,14 +159,14 @@ def _eight_bits(b1: float, b2: float, eps: float) -> optax.GradientTransformatio
 def _update(leaf: Callable[..., tuple[Array, ...]], parts: int) -> Callable[..., tuple[Tree, Moments]]:
     """An optax update out of one for a single leaf: (number, gradient, count, *kept) -> (update, *kept)."""
 
-    def update(grads: Tree, state: Moments, params: Tree = None, *, ok: Array | None = None, **_: Any
+    def update(updates: Tree, state: Any, params: Tree = None, *, ok: Array | None = None, **_: Any
                ) -> tuple[Tree, Moments]:
-        flat, treedef = jax.tree.flatten(grads)
+        flat, treedef = jax.tree.flatten(updates)
         kept = [treedef.flatten_up_to(tree) for tree in state[1:1 + parts]]
         count = state.count + 1
         new = [leaf(i, g, count, *of) for i, (g, *of) in enumerate(zip(flat, *kept))]
-        updates, *trees = (treedef.unflatten(column) for column in zip(*new))
-        return updates, select(ok, Moments(count, *trees, *state[1 + parts:]), state)
+        directions, *trees = (treedef.unflatten(column) for column in zip(*new))
+        return directions, select(ok, Moments(count, *trees, *state[1 + parts:]), state)
 
     return update
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill_jax.sharding import make_mesh
 from distill_jax.train.checkpoint import Checkpoints
 from distill_jax.train.feed import place_global
-from distill_jax.train.moments import BLOCK, FIRST, SECOND, block_size
+from distill_jax.train.moments import BLOCK, FIRST, SECOND, block_size, select
 from distill_jax.train.optim import Adafactor, AdamW, Muon
 from distill_jax.train.state import create_state, opt_state_shardings
 from distill_jax.train.step import make_step
@@ -222,3 +222,28 @@ def test_bad_state():
         AdamW(state="int4")
     with pytest.raises(ValueError, match="Muon needs peak_lr >= 0"):
         Muon(peak_lr=-1.0)
+
+
+@pytest.mark.parametrize("optim", [AdamW(), AdamW(state="bfloat16"), AdamW(state="int8"), Muon(), Adafactor()])
+def test_an_update_that_is_not_ok_changes_no_state(optim):
+    params, tx = tree_of(0), optim.build(9)
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+    update = jax.jit(lambda g, s, ok: tx.update(g, s, params, ok=ok))
+    _, first = update(tree_of(1), tx.init(params), True)
+    plain = jax.jit(lambda g, s: tx.update(g, s, params))(tree_of(1), tx.init(params))
+    same(plain[1], first)
+    same(update(jax.tree.map(lambda x: x * np.nan, tree_of(2)), first, False)[1], first)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(tx.init(params))))
+
+
+def test_the_cpu_copies_no_moments():
+    """Moments are overwritten where they lie: beside parameters and state there is one array and no second."""
+    params, tx = {"w": {"kernel": jnp.zeros((256, 1024))}}, AdamW().build(9)
+
+    def step(params, state, grads):
+        ok = jnp.isfinite(optax.tree.norm(grads))
+        updates, state = tx.update(grads, state, params, ok=ok)
+        return select(ok, optax.apply_updates(params, updates), params), state
+
+    made = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), params).compile()
+    assert made.memory_analysis().temp_size_in_bytes < 1.5 * params["w"]["kernel"].nbytes
