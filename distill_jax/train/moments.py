@@ -107,7 +107,8 @@ def scale_by_adam(b1: float, b2: float, eps: float, state: State) -> optax.Gradi
 def _whole(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
-    def update(updates: Tree, state: Any, params: Tree = None, *, ok: Array | None = None, **_: Any) -> tuple[Tree, Any]:
+    def update(updates: Tree, state: Any, params: Tree = None, *, ok: Array | None = None, **_: Any
+               ) -> tuple[Tree, Any]:
         new: Any = adam.update(updates, state, params)[1]
         kept = select(ok, new, state)
         used = new
