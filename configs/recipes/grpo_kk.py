@@ -11,8 +11,10 @@ and are careful, and mostly test what they found once or twice more for nothing.
 that it seldom takes, and RL can choose it: what RL is known to do for large models (2503.01307). That it learns
 anything new from a hundred puzzles is not shown; with one way of thinking in the traces it learned those by heart
 (docs/LOG.md).
-Expected: on seed 0 and 400 held-out puzzles, careful answers from 27 to 100%; accuracy +4.3 points [-1.4, +10.3]
-greedily, +4.5 [+0.9, +8.3] sampled. The aim of +15 is missed: the careful way is not good enough yet (docs/LOG.md).
+Where a statement is tested, the role supposed follows every name (`emil true knight yes`), so that it is copied before
+anything is made of it: with that, look-ups in the warm-up are right everywhere (`docs/LOG.md`, where 70% were).
+Expected: held-out puzzles, greedily, on seeds 0, 1, 2: 31 -> 72, 35 -> 84, 36 -> 90%, that is +41, +50, +53 points;
+sampled +40, +41, +47. Most of it comes in the first four updates, when the careful way drives out the quick one.
 Hardware, time: a CPU; ten minutes of processor time on one core.
 """
 
