@@ -33,19 +33,21 @@ from distill_jax.rollout.reinforce import Reinforce
 from distill_jax.train.optim import AdamW
 
 PEOPLE, QUESTIONS = 3, 100
-LONGEST, WRITTEN = 288, 256
-"""Tokens of a row, and most tokens of an answer; the few traces that are longer are left out of the warm-up."""
-LESSON, CAREFUL, WARMUP, ROWS = 250, 900, 300, 10
-"""Updates on careful traces of two people, of `PEOPLE`, and on varied ones; a row holds two to three puzzles."""
+WRITTEN, ASKED = 256, 32
+"""Most tokens of an answer, and of a question; the few traces that are longer are left out of the warm-up."""
+LESSON, CAREFUL, WARMUP, TOKENS = 250, 900, 300, 2880
+"""Updates on careful traces of two people, of `PEOPLE`, and on varied ones; tokens of an update: about 25 puzzles."""
 PROMPTS, N, STEPS = 25, 8, 16
 
 
-def start(lesson: int = LESSON, careful: int = CAREFUL, warmup: int = WARMUP) -> tuple[AnyStage, ...]:
-    """Puzzles, tokenizer, and the student that RL starts from, after so many updates."""
+def start(lesson: int = LESSON, careful: int = CAREFUL, warmup: int = WARMUP, written: int = WRITTEN
+          ) -> tuple[AnyStage, ...]:
+    """Puzzles, tokenizer, and the student that RL starts from, after so many updates; written: room for an answer."""
+    longest = written + ASKED
     config = dataclasses.replace(
-        MODEL, context_length=LONGEST, num_layers=4,
+        MODEL, context_length=longest, num_layers=4,
         attention=dataclasses.replace(MODEL.attention, window=4, sliding=(True, False, False, False)))
-    packed = lambda name: Store(path=f"stage:puzzles/{name}", rows=ROWS, seq_len=LONGEST)
+    packed = lambda name: Store(path=f"stage:puzzles/{name}", rows=TOKENS // longest, seq_len=longest)
     stores = {"questions": (PEOPLE, "varied", QUESTIONS), "lesson": (2, "careful", 16 * lesson),
               "careful": (PEOPLE, "careful", 16 * careful), "varied": (PEOPLE, "varied", 20 * warmup)}
     return (Call(name="puzzles", fn=make_puzzles, kwargs={"stores": stores}),
@@ -56,11 +58,11 @@ def start(lesson: int = LESSON, careful: int = CAREFUL, warmup: int = WARMUP) ->
                   saving=Saving(steps=500, keep=1)))
 
 
-def rl(questions: str, student: str, *, steps: int = STEPS, **reinforce: Any) -> Stage:
+def rl(questions: str, student: str, *, steps: int = STEPS, written: int = WRITTEN, **reinforce: Any) -> Stage:
     """RL on `questions`; fields of `Reinforce` make another method of it."""
     options: dict[str, Any] = {"prompts": PROMPTS, "n": N, "judge": "knights", "batch_size": 256,
-                               "sampling": Sampling(temperature=1.0, max_new_tokens=WRITTEN)} | reinforce
-    return Stage(name="rl", source=Store(path=questions, rows=PROMPTS * N * 3 // 4, seq_len=LONGEST),
+                               "sampling": Sampling(temperature=1.0, max_new_tokens=written)} | reinforce
+    return Stage(name="rl", source=Store(path=questions, rows=PROMPTS * N * 3 // 4, seq_len=written + ASKED),
                  providers={"student": Student(model=student)},
                  terms={"policy": TokenTerm(ppo_clip, per=sequence_mean, kwargs={"low": 0.2, "high": 0.2}),
                         **policy_metrics()},
