@@ -144,7 +144,7 @@ def line(case: Case, results: dict[str, Any]) -> str:
             f"{1e3 * b['temp_gb']:,.1f} | {a['temp_gb'] / b['temp_gb']:.3g} | {said} |")
 
 
-COLUMNS = ("tokens", "experts", "D, F", "dtype", "tiles, CPU s", "ragged_dot, CPU s", "ratio", "useful GFLOP/s of tiles",
+COLUMNS = ("tokens", "experts", "D, F", "dtype", "tiles, CPU s", "ragged_dot, CPU s", "ratio", "useful GFLOP/s",
            "tiles, MB", "ragged_dot, MB", "ratio", "difference")
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
