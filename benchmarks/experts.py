@@ -158,6 +158,8 @@ def main() -> None:
     p.add_argument("--out", default=None, help="write the result as JSON")
     args = p.parse_args()
     target = args.on.removeprefix("compile:")
+    if target and parse(target).platform == "tpu":
+        p.error(f"--on {args.on}: on TPUs both sides are ragged_dot; give a GPU, compile:h200")
     machine = target or f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores"
     print(f"jax {jax.__version__} on {machine}; temporaries in MB\n\n{HEAD}", flush=True)
     cases, found = SMALL if args.small else COMPILED if target else CPU, []

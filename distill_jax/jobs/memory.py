@@ -175,14 +175,14 @@ class _Model:
     def _mixture(self, cut: Cut) -> float:
         """Bytes of a layer's mixture in its backward pass, for the tokens of all rows of the expert axis. On TPUs
         copies of them for their experts; elsewhere (`models.tiles`) states, what comes back, their gradient's float32
-        sums, and the experts' matrices with their gradients, summed in float32."""
+        sums, and where experts are trained their matrices with their gradients, summed in float32."""
         c, moe = self.config, self.config.moe
         if moe is None:
             return 0.0
         tokens = cut.expert * self.longest
         if cut.platform == "tpu":
             return self.item * tokens * moe.top_k * 5 * c.hidden_size
-        kernels = self._experts(cut) / c.num_layers
+        kernels = 0 if self.provider.lora else self._experts(cut) / c.num_layers
         return tokens * c.hidden_size * (4 + 3 * self.item) + kernels * (4 + 2 * self.item)
 
     def _experts(self, cut: Cut) -> float:

@@ -23,7 +23,7 @@ from distill_jax.models.scores import wide
 Array = Any
 Kernels = Mapping[str, Array]
 Activation = Callable[[Array], Array]
-ROWS = {"cpu": (16, 64), "gpu": (64, 1024), "tpu": (64, 1024)}
+ROWS = {"cpu": (16, 64), "gpu": (64, 1024)}
 """Smallest and largest R. CPU: measured (`benchmarks.experts`). GPU: reckoned, so that a turn's products outlast the
 launch of its kernels; not yet run on one."""
 
