@@ -82,6 +82,8 @@ CASES = (
     Case(on="h200:8", size="0.5B", rows=2, length=131072, remat="full", context=8),
     Case(on="h200:8", size="moe", rows=16, remat="full", expert=8),
     Case(on="h200:8", size="moe", rows=16, remat="full", expert=2),
+    Case(on="h200:8", size="moe", rows=32, remat="dots", expert=4),
+    Case(on="h200:8", size="moe", rows=32, remat="none", expert=8),
     Case(on="v6e:4", size="0.5B", rows=8, remat="full"),
     Case(on="v6e:4", size="0.5B", rows=8, micro_batches=2),
     Case(on="v6e:8", size="1.5B", rows=16, remat="full"),

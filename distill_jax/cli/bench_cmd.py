@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-NAMES = ("loss", "store", "rollout", "train", "peers", "planner", "scaling")
+NAMES = ("loss", "store", "rollout", "train", "peers", "planner", "scaling", "experts")
 
 
 def bench(

@@ -152,33 +152,42 @@ class _Model:
 
     def in_layer(self, cut: Cut) -> dict[str, float]:
         """While the backward pass of a layer runs; of a frozen model, its forward pass."""
-        w = Widths.of(self.config, cut.tensor)
+        w = Widths.of(self.config, cut.tensor, cut.platform)
         if not self.provider.trainable:
-            return {"activations": self.longest * self.item * (4 * w.d + 2 * w.q + 2 * w.k + 3 * w.f)}
+            states = cut.expert * w.d * (4 + 2 * self.item) if self.config.moe and cut.platform != "tpu" else 0.0
+            return {"activations": self.longest * (states + self.item * (4 * w.d + 2 * w.q + 2 * w.k + 3 * w.f))}
         policy = policy_of(self.provider.remat)
         working = self.item * self.longest * (
-            (policy.working(w) if self.config.moe is None else policy.working(replace(w, f=0.0)) + self._copies(cut))
-            + self._scores(cut))
+            policy.working(w if self.config.moe is None else replace(w, f=0.0)) + self._scores(cut))
+        working += self._mixture(cut)
         layer = w.d * (2 * w.q + 2 * w.k + 3 * w.f)
         grads = 4 * self.trained * (2 if cut.micro_batches > 1 else 1)
         if cut.parts(self.config) > 1:  # the layer put together, and its gradient before it is cut
             grads += 2 * self.item * layer
             kernels = self.config.num_layers / cut.parts(self.config)
             if cut.platform != "tpu":  # kernels whose cut dimension is not the first are turned round once for sending
-                grads += 4 * kernels * w.d * (w.q + 2 * w.k + 2 * w.f)
+                grads += 4 * (kernels * w.d * (w.q + 2 * w.k + 2 * w.f) + self._experts(cut) / cut.parts(self.config))
             else:  # all kernels cast before each loop; products beside a gather hold what both read and write
                 grads += 2 * self.item * kernels * layer + 4 * self.item * layer
                 working += 4 * self.item * self.longest * w.f
         return {"activations": self._kept(cut) + working, "gradients": grads}
 
-    def _copies(self, cut: Cut) -> float:
-        """A mixture's copies of a token for its experts, those of all rows of the expert axis, in numbers a token.
-        But on TPUs XLA makes each again for every expert of the device, masked, three or four times at once: it has no
-        grouped product for `ragged_dot`."""
-        moe = self.config.moe
-        assert moe is not None
-        masked = 0.0 if cut.platform == "tpu" else moe.experts / cut.expert
-        return cut.expert * moe.top_k * (3.6 * masked + 5) * self.config.hidden_size
+    def _mixture(self, cut: Cut) -> float:
+        """Bytes of a layer's mixture in its backward pass, for the tokens of all rows of the expert axis. On TPUs
+        copies of them for their experts; elsewhere (`models.tiles`) states, what comes back, their gradient's float32
+        sums, and where experts are trained their matrices with their gradients, summed in float32."""
+        c, moe = self.config, self.config.moe
+        if moe is None:
+            return 0.0
+        tokens = cut.expert * self.longest
+        if cut.platform == "tpu":
+            return self.item * tokens * moe.top_k * 5 * c.hidden_size
+        kernels = 0 if self.provider.lora else self._experts(cut) / c.num_layers
+        return tokens * c.hidden_size * (4 + 3 * self.item) + kernels * (4 + 2 * self.item)
+
+    def _experts(self, cut: Cut) -> float:
+        """Parameters of the experts that a device has a part of, in all layers."""
+        return self.config.expert_params / cut.expert / cut.tensor
 
     def _scores(self, cut: Cut) -> float:
         """Short rows are attended to all at once: their scores, in numbers a token."""
@@ -188,7 +197,17 @@ class _Model:
     def _kept(self, cut: Cut) -> float:
         if not self.provider.trainable:
             return 0.0
-        scores = self._scores(cut) if self.provider.remat == "none" else 0.0
-        kept = policy_of(self.provider.remat).bytes(self.config, self.item, cut.tensor)
-        return self.tokens * (kept + self.config.num_layers * self.item * scores)
+        c, w = self.config, Widths.of(self.config, cut.tensor, cut.platform)
+        kept = c.num_layers * policy_of(self.provider.remat).kept(w)
+        if self.provider.remat == "none":
+            kept += c.num_layers * (self._scores(cut) + (w.q + w.k) * c.attention.qk_norm)
+        return self.item * (self.tokens * kept + self._kept_mixture(cut))
 
+    def _kept_mixture(self, cut: Cut) -> float:
+        """Numbers kept of mixtures, where nothing is recomputed but in their tiles: the states of all rows of the
+        expert axis, and the experts' matrices where they were cast or gathered."""
+        c = self.config
+        if c.moe is None or cut.platform == "tpu" or self.provider.remat != "none":
+            return 0.0
+        states = c.num_layers * self.tokens * c.hidden_size * (cut.expert if cut.expert > 1 else 0)
+        return states + self._experts(cut) * (self.item < 4 or cut.parts(c) > 1)

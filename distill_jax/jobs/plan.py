@@ -100,8 +100,8 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
     trained = {n: shapes for n, p in stage.models.items() if (shapes := trained_shapes(configs[n], p)) is not None}
     passes = {n: 1 if not p.trainable else 2 if p.lora else 3 for n, p in stage.models.items()}
     flops = sum(n * rows * t * configs[name].flops_per_token(t) for name, n in passes.items() for t in runs[name])
-    again = sum(policy_of(p.remat).again * rows * t * configs[name].flops_per_token(t, head=False)
-                for name, p in stage.models.items() if p.trainable for t in runs[name])
+    again = sum(rows * t * _again(configs[name], p, t, device) for name, p in stage.models.items() if p.trainable
+                for t in runs[name])
     memory = bytes_of.stage_memory(
         stage, configs, runs, sizes, platform=device.platform,
         signals=4 * sum(_signal_bytes(s) for s in source.signals),
@@ -121,8 +121,17 @@ def plan_stage(recipe: Recipe, stage: Stage, device: Device, devices: int) -> St
         params={n: c.num_params for n, c in configs.items()} | projectors, devices=devices,
         seconds=stage.steps * (compute + waiting), waiting=waiting / (compute + waiting),
         context=(length, student.context_length), store_bytes=_store_bytes(recipe, stage),
-        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes) + _masked(
-            configs, sizes, device) + _eight_bits(stage, device, {n: f / (flops + again) for n, f in eight.items()}))
+        notes=_notes(configs, runs, stage.on_policy is not None) + _unsharded(configs, sizes)
+        + _eight_bits(stage, device, {n: f / (flops + again) for n, f in eight.items()}))
+
+
+def _again(c: ModelConfig, provider: Student, length: int, device: Device) -> float:
+    """FLOPs of a token that run a second time: what the policy says; of a mixture in tiles (`models.tiles`, not on
+    TPUs) at least two of its three products."""
+    again = policy_of(provider.remat).again * c.flops_per_token(length, head=False)
+    if c.moe is None or device.platform == "tpu":
+        return again
+    return max(again, 2.0 * c.num_layers * 2 * c.hidden_size * c.inner_size)
 
 
 def _divides(stage: Stage, sizes: Mapping[str, int]) -> None:
@@ -208,12 +217,6 @@ def _eight_bits(stage: Stage, device: Device, shares: Mapping[str, float]) -> tu
     return tuple(f"{n}: matmul={stage.models[n].matmul}, {shares[n]:.0%} of the FLOPs, "
                  + (f"reckoned at {speed:.3g} times the bf16 peak" if speed > 1 else
                     "no faster on this device than bf16") for n, speed in speeds.items())
-
-
-def _masked(configs: Mapping[str, ModelConfig], sizes: Mapping[str, int], device: Device) -> tuple[str, ...]:
-    return tuple(f"{n}: but for TPUs XLA multiplies each token's copies with all {c.moe.experts // sizes['expert']} "
-                 "experts of the device, masked: more time than modelled, and the memory is of that"
-                 for n, c in configs.items() if c.moe and device.platform != "tpu")
 
 
 def plan_recipe(recipe: Recipe, device: Device, devices: int) -> list[StagePlan]:

@@ -1,8 +1,9 @@
 """A sparse mixture of experts in place of a layer's MLP (Qwen3-MoE, 2505.09388; Switch, 2101.03961).
 
 N tokens, D hidden size, E experts, k of them a token, F their inner size. The router, its softmax and the shares are
-float32. Nothing is dropped: the N k copies are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`);
-the bookkeeping is integers [N k]. `distill_jax.sharding.experts` says who computes what on several devices.
+float32. Nothing is dropped: the N k copies are sorted by expert and multiplied group by group, on TPUs by
+`jax.lax.ragged_dot`, which has a kernel there, elsewhere in tiles (`tiles`); the bookkeeping is integers [N k].
+`distill_jax.sharding.experts` says who computes what on several devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from distill_jax.core.platform import platform
 from distill_jax.models.config import ModelConfig
 from distill_jax.models.scores import wide
+from distill_jax.models.tiles import rows_of, tiled
 from distill_jax.sharding.experts import map_experts
 
 Array = Any
@@ -65,7 +68,8 @@ class MoEMLP(nn.Module):
                    "up": kernel("up", m.experts, c.hidden_size, m.size),
                    "down": kernel("down", m.experts, m.size, c.hidden_size)}
         kernels = {name: k.astype(x.dtype) for name, k in kernels.items()}
-        y = map_experts(partial(grouped, activation=self.activation), x, ids, shares.astype(x.dtype), kernels)
+        run = partial(grouped, activation=self.activation, experts=m.experts)
+        y = map_experts(run, x, ids, shares.astype(x.dtype), kernels)
         return y, statistics(probs, ids, real)
 
 
@@ -90,18 +94,27 @@ def statistics(probs: Array, ids: Array, real: Array | None) -> Routing:
 
 
 def grouped(x: Array, ids: Array, shares: Array, kernels: Kernels, first: Array | int = 0, *,
-            activation: Activation) -> Array:
+            activation: Activation, experts: int | None = None) -> Array:
     """x [N,D], ids i32 [N,k], shares [N,k], kernels of experts first, first+1, ... -> their part of the output [N,D].
 
-    Copies for other experts are sorted last, belong to no group and add nothing.
+    experts: how many there are on all devices (None: as many as kernels). Copies for other devices' experts are sorted
+    last, belong to no group and add nothing.
     """
-    top_k, here = ids.shape[1], kernels["gate"].shape[0]
+    here = kernels["gate"].shape[0]
     own = ids.reshape(-1) - first
     own = jnp.where((own >= 0) & (own < here), own, here)
-    order = jnp.argsort(own, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    order = jnp.argsort(own, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(here, jnp.int32).at[own].add(1, mode="drop")
-    valid = (own[order] < here)[:, None]
+    if platform() == "tpu":
+        return ragged(x, shares, kernels, order, sizes, activation=activation)
+    return tiled(x, shares, kernels, order, sizes, activation=activation, rows=rows_of(ids.size / (experts or here)))
+
+
+def ragged(x: Array, shares: Array, kernels: Kernels, order: Array, sizes: Array, *, activation: Activation) -> Array:
+    """`tiles.tiled` with three grouped products of all copies at once: arrays [N k, D] and [N k, F]."""
+    top_k = shares.shape[1]
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    valid = (jnp.arange(order.size, dtype=jnp.int32) < jnp.sum(sizes))[:, None]
     spread = jnp.where(valid, _spread(x, order, inverse, top_k), 0)
     inner = activation(jax.lax.ragged_dot(spread, kernels["gate"], sizes))
     inner = inner * jax.lax.ragged_dot(spread, kernels["up"], sizes)

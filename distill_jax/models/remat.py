@@ -19,8 +19,9 @@ PRODUCT, QKV, ATTENTION = "product", "qkv", "attention"
 @dataclass(frozen=True, kw_only=True)
 class Widths:
     """Sizes of one layer on one device: tensor parallelism cuts what belongs to heads and the MLP's inner dimension.
-    d: hidden size; q, k: of all query and of all key heads; f: inner size of the MLP. A mixture has the inner sizes of
-    all experts of a token, and its copies for them."""
+    d: hidden size; q, k: of all query and of all key heads; f: inner size of the MLP. A mixture has on TPUs the inner
+    sizes of all experts of a token and its copies for them, elsewhere none: what is inner is computed again
+    (`models.tiles`)."""
 
     d: float
     q: float
@@ -28,9 +29,10 @@ class Widths:
     f: float
 
     @classmethod
-    def of(cls, c: ModelConfig, tensor: int = 1) -> "Widths":
-        return cls(d=c.hidden_size, q=c.num_heads * c.head_dim / tensor,
-                   f=(c.inner_size + (2 * c.moe.top_k * c.hidden_size / 3 if c.moe else 0)) / tensor,
+    def of(cls, c: ModelConfig, tensor: int = 1, platform: str = "cuda") -> "Widths":
+        copies = 2 * c.moe.top_k * c.hidden_size / 3 if c.moe else 0
+        f = 0 if c.moe and platform != "tpu" else c.inner_size + copies
+        return cls(d=c.hidden_size, q=c.num_heads * c.head_dim / tensor, f=f / tensor,
                    k=c.num_kv_heads * c.head_dim / (tensor if c.num_kv_heads % tensor == 0 else 1))
 
 

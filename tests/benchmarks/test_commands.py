@@ -29,6 +29,16 @@ def test_small_loss(tmp_path):
     assert results["lifted"]["temp_gb"] < 0.5 * results["naive"]["temp_gb"]
 
 
+def test_small_experts(tmp_path):
+    """Both ways agree, and tiles have the smaller temporaries."""
+    out = tmp_path / "experts.json"
+    command = [sys.executable, "-m", "benchmarks.experts", "--small", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "XLA_FLAGS": ""})
+    [case] = json.loads(out.read_text())["cases"]
+    assert case["results"]["difference"] < 1e-5
+    assert case["results"]["tiles"]["temp_gb"] < 0.5 * case["results"]["ragged"]["temp_gb"]
+
+
 def test_small_rollout(tmp_path):
     """The engine writes the same tokens with and without its savings, and computes each prompt of a group once."""
     out = tmp_path / "rollout.json"

@@ -86,6 +86,23 @@ def test_command(tmp_path, monkeypatch):
     assert failed.exit_code != 0 and "does not fit cpu" in str(failed.exception)
 
 
+def test_memory_of_a_mixture():
+    """In tiles a token's memory does not depend on how many experts it goes to; on TPUs its copies are there."""
+    def activations(device, top_k, experts=64):
+        made = step_recipe("moe", rows=64, remat="full", mesh=MeshShape(expert=8))
+        config = planner.SHAPES["moe"]
+        config = replace(config, moe=replace(config.moe, top_k=top_k, experts=experts))
+        stage = replace(made.stages[0], providers={"student": replace(made.stages[0].providers["student"],
+                                                                      config=config)})
+        return plan_recipe(replace(made, stages=(stage,)), DEVICES[device], 8)[0].memory["activations"]
+
+    assert activations("h200", 2) == activations("h200", 8)
+    assert activations("v5p", 8) - activations("v5p", 2) == 2 * 8 * 8 * 4096 * 6 * 5 * 2048  # item, axis, tokens, k
+    more = activations("h200", 2, 128) - activations("h200", 2)  # 8 experts' matrices: cast, gradients, their sums
+    assert more == 8 * 3 * 2048 * 768 * (2 + 2 + 4)
+
+
+
 def test_a_mixture_on_the_expert_axis():
     """Qwen3-30B-A3B: FLOPs of the active parameters, experts divided by the axis, the rest by fsdp alone."""
     stage = load_recipe(RECIPES / "kd_moe.py").stages[0]
