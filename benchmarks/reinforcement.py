@@ -45,7 +45,8 @@ from distill_jax.rollout.environments import EarlyExits
 
 BASELINE = "grpo"
 WRITTEN = 384
-"""Most tokens of an answer. At the recipe's 256 a second test costs so many answers that GRPO leaves it by itself."""
+"""Most tokens of an answer: more than the recipe's, so that second tests fit. GRPO leaves them all the same
+(docs/LOG.md)."""
 METHODS: Mapping[str, Mapping[str, Any]] = {
     BASELINE: {},
     "laser_d": {"reward": Reward(fn=LaserD(lower=16, upper=WRITTEN, step=4, wrong=-0.5, unanswered=-1.0))},

@@ -26,6 +26,7 @@ class Optimizer(ABC):
     decay         shape after the warm-up; "cosine" and "linear" end at `end_factor * peak_lr`
     weight_decay  decoupled, applied to matrices only: never to biases, norm scales or other vectors
     grad_clip     largest global gradient norm; None: no clipping
+    selects       of the class: `rule` itself leaves its arrays as they were where an update is not `ok`
 
     A new one: a subclass with `rule`, and a line in its test.
     """
